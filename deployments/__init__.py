@@ -1,0 +1,1 @@
+"""What runs inside Ray Serve replicas: one folder per deployed role."""

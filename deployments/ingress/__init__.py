@@ -1,0 +1,1 @@
+"""Ingress: HTTP in, server-sent events out. Imports neither torch nor vllm."""

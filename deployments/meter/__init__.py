@@ -1,0 +1,1 @@
+"""Meter: tokenizers, keys, admission and the ledger."""

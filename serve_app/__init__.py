@@ -1,0 +1,1 @@
+"""What runs outside the replicas: configuration, application builder, command line."""
