@@ -11,6 +11,7 @@ Couplings: `Submission`, `EngineStep` between deployments/ingress/engine_pool.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 import msgspec
@@ -27,15 +28,17 @@ __all__ = [
     "Settlement",
     "SettlementStatus",
     "Submission",
+    "SubmissionStatus",
     "TokenDelta",
     "pack",
     "unpack",
+    "unpack_admission",
 ]
 
 T = TypeVar("T")
 
 
-def pack(message: msgspec.Struct | list[msgspec.Struct]) -> bytes:
+def pack(message: msgspec.Struct | Sequence[msgspec.Struct]) -> bytes:
     """Encode one message, or a list of them, as MessagePack."""
     return msgspec.msgpack.encode(message)
 
@@ -43,6 +46,12 @@ def pack(message: msgspec.Struct | list[msgspec.Struct]) -> bytes:
 def unpack(data: bytes, kind: type[T]) -> T:
     """Decode `data` as `kind`. Raises msgspec.ValidationError when the two ends disagree on the contract."""
     return msgspec.msgpack.decode(data, type=kind)
+
+
+def unpack_admission(data: bytes) -> Admitted | AdmissionRefused:
+    """Decode the meter's answer to an AdmissionRequest; the tag on the wire tells which it is."""
+    answer: Admitted | AdmissionRefused = msgspec.msgpack.decode(data, type=Admitted | AdmissionRefused)
+    return answer
 
 
 # --- ingress -> engine replica -----------------------------------------------------------------------------------
@@ -81,11 +90,17 @@ class Submission(msgspec.Struct, frozen=True, omit_defaults=True):
     """Prompt, followed by the tokens that earlier replicas generated when the generation is resumed."""
     sampling: Sampling
     """With `max_tokens` already reduced by the resumed tokens."""
+    resumed: bool = False
+    """Accepted before by a replica that is gone: taken even when the queue is full, since it cannot be refused now."""
+
+
+SubmissionStatus = Literal["accepted", "queue_full", "stream_unknown"]
+"""`stream_unknown`: the replica does not know the step stream, so the ingress must open a new one."""
 
 
 # --- engine replica -> ingress (the step stream) -------------------------------------------------------------------
 
-FinishReason = Literal["stop", "stop_token", "length", "aborted", "failed"]
+FinishReason = Literal["stop", "stop_token", "length", "failed"]
 """`stop_token`: the last token of the delta ended the generation (end of text or one of `stop_token_ids`) and is not
 part of the text. `stop`: the engine ended it for a reason of its own. `failed`: the engine refused or lost it."""
 

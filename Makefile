@@ -1,0 +1,51 @@
+# `make serve` and `make test` are all that is needed on a fresh machine with Python 3.11: whatever a target needs is
+# installed first, into .venv, by requirements/install.sh.
+
+CONFIG ?= cluster.yaml
+PORT ?=
+ARGS ?=
+
+BIN := .venv/bin
+CPU := .venv/.cpu-installed
+DEV := .venv/.dev-installed
+
+.PHONY: help serve test test-unit check setup down clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+serve: $(CPU) ## start the cluster, print a curl to try, stop it with Ctrl-C; CONFIG=file, PORT=number
+	@exec $(BIN)/millstream up $(CONFIG) $(if $(PORT),--port $(PORT))
+
+test: $(DEV) ## run all tests; ARGS="-k name" goes to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+test-unit: $(DEV) ## run the tests that need neither Ray nor vLLM; ARGS= as above
+	$(BIN)/python -m pytest -m "not cluster and not vllm" $(ARGS)
+
+check: $(DEV) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+setup: $(DEV) ## only install, with the development tools
+
+down: ## stop a cluster that was left running
+	@test -x $(BIN)/millstream || { echo "Nothing is installed here, so nothing runs: no $(BIN)/millstream."; exit 1; }
+	@exec $(BIN)/millstream down
+
+clean: ## remove .venv, caches and build results; the ledger and the keys in ~/.millstream stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp holds the path of its environment: in a moved or copied tree it is worth nothing (requirements/install.sh then
+# makes .venv anew).
+ifneq ($(file <$(CPU)),$(CURDIR)/.venv)
+.PHONY: $(CPU)
+endif
+
+$(CPU): requirements/cpu.lock pyproject.toml
+	@requirements/install.sh cpu
+
+$(DEV): requirements/dev.lock $(CPU)
+	@requirements/install.sh dev

@@ -1,0 +1,103 @@
+"""What Ray Serve runs per engine replica: builds the engine from its settings and carries bytes in and out.
+
+Every call names its replica by the keyword `target`, which TargetedRouter (router.py) reads in the calling process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from deployments.contracts import Submission, pack, unpack
+from deployments.engine.engine import Engine
+from deployments.engine.replica import EngineReplica
+from deployments.engine.simulated_engine import SimulatedEngine, vocabulary_of
+from deployments.engine.simulator import SimulatorSettings
+from deployments.engine.vllm_engine import VllmEngine, VllmSettings
+from deployments.logging import configure_logging
+from serve_app.config import ModelConfig, SimulatedEngineConfig
+from serve_app.model_source import prepare_model
+
+__all__ = ["EngineDeployment", "build_engine"]
+
+log = structlog.get_logger()
+
+
+def build_engine(model: ModelConfig, folder: Path) -> Engine:
+    """The engine that `model` asks for, not yet started, on the prepared model in `folder`."""
+    engine = model.engine
+    if isinstance(engine, SimulatedEngineConfig):
+        first_token, vocabulary_tokens = vocabulary_of(folder)
+        return SimulatedEngine(
+            SimulatorSettings(
+                vocabulary_tokens=vocabulary_tokens,
+                first_token=first_token,
+                prefill_tokens_per_s=engine.prefill_tokens_per_s,
+                step_s=engine.step_s,
+                step_s_per_sequence=engine.step_s_per_sequence,
+                max_num_seqs=engine.max_num_seqs,
+                kv_block_tokens=engine.kv_block_tokens,
+                kv_blocks=engine.kv_blocks,
+                prefix_cache=engine.prefix_cache,
+            ),
+            max_model_len=engine.max_model_len,
+            max_waiting=model.max_waiting,
+            start_up_s=engine.start_up_s,
+        )
+    return VllmEngine(
+        VllmSettings(
+            model=folder,
+            dtype=engine.dtype,
+            max_model_len=engine.max_model_len,
+            tensor_parallel_size=engine.tensor_parallel_size,
+            pipeline_parallel_size=engine.pipeline_parallel_size,
+            max_num_seqs=engine.max_num_seqs,
+            gpu_memory_utilization=engine.gpu_memory_utilization,
+            kv_cache_gib=engine.kv_cache_gib,
+            enforce_eager=engine.enforce_eager,
+            enable_prefix_caching=engine.enable_prefix_caching,
+        ),
+        max_waiting=model.max_waiting,
+        stall_timeout_s=model.stall_timeout_s,
+    )
+
+
+class EngineDeployment:
+    """One replica of a model's engine pool."""
+
+    async def __init__(self, model: dict[str, object], home: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure_logging()
+        config = ModelConfig.model_validate(model)
+        folder = await asyncio.to_thread(
+            prepare_model, config.source, Path(home), report=log.info
+        )
+        engine = build_engine(config, folder)
+        await engine.start()
+        self._replica = EngineReplica(engine)
+
+    async def steps(self, stream_id: str, *, target: str) -> AsyncIterator[bytes]:
+        async for step in self._replica.steps(stream_id):
+            yield step
+
+    async def submit(self, stream_id: str, submissions: bytes, *, target: str) -> list[str]:
+        return list(self._replica.submit(stream_id, unpack(submissions, list[Submission])))
+
+    async def abort(self, stream_id: str, generations: list[int], *, target: str) -> None:
+        self._replica.abort(stream_id, generations)
+
+    async def load(self) -> bytes:
+        """Packed `EngineLoad`; broadcast by `millstream status`, and by the ingress to learn of the replicas."""
+        return pack(self._replica.load())
+
+    async def check_health(self) -> None:
+        await self._replica.check_health()
+
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Serve calls this when it stops the replica and awaits what it returns. Not `async def`: the garbage
+        collector calls it too, and would leave a coroutine that nobody awaits."""
+        replica: EngineReplica | None = self.__dict__.pop("_replica", None)  # None when __init__ failed
+        return None if replica is None else replica.shutdown()

@@ -1,0 +1,193 @@
+"""The real engine: vLLM's AsyncLLM behind the engine contract.
+
+Token ids go in and token ids come out (`SamplingParams(detokenize=False)`), so that GPU nodes do GPU work. vLLM is
+imported when the engine starts, because importing it takes seconds and reads the environment set just before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from deployments.contracts import EngineLoad, FinishReason, Sampling
+from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
+
+__all__ = ["VllmEngine", "VllmSettings"]
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmSettings:
+    """What of vLLM's engine arguments Millstream sets; names as in vLLM."""
+
+    model: Path
+    dtype: str
+    max_model_len: int | None
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    max_num_seqs: int
+    gpu_memory_utilization: float
+    kv_cache_gib: int
+    """KV cache on CPU; GPUs use gpu_memory_utilization."""
+    enforce_eager: bool
+    enable_prefix_caching: bool
+
+
+class VllmEngine:
+    """One AsyncLLM with its engine core in child processes."""
+
+    def __init__(self, settings: VllmSettings, *, max_waiting: int, stall_timeout_s: float) -> None:
+        self.max_model_len = settings.max_model_len or 0
+        self._settings = settings
+        self._max_waiting = max_waiting
+        self._stall_timeout_s = stall_timeout_s
+        self.on_death: Callable[[], None] = lambda: None
+        self._engine: Any = None
+        self._kv: Any = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._prefill_tokens: dict[str, int] = {}
+
+    async def start(self) -> None:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local folder
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self._settings.kv_cache_gib))
+        # Replicas that share a machine must not all bind their threads to the same cores.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm import AsyncEngineArgs, AsyncLLMEngine
+
+        from deployments.engine._vllm_stats import KvCacheGauge
+
+        settings = self._settings
+        arguments = AsyncEngineArgs(
+            model=str(settings.model),
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            pipeline_parallel_size=settings.pipeline_parallel_size,
+            max_num_seqs=settings.max_num_seqs,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enforce_eager=settings.enforce_eager,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            disable_log_stats=True,
+        )
+        gauge = KvCacheGauge()
+        # Loads weights and waits for child processes; the event loop must go on answering Serve meanwhile.
+        self._engine = await asyncio.to_thread(
+            AsyncLLMEngine.from_engine_args, arguments, stat_loggers=[gauge.logger]
+        )
+        self._kv = gauge
+        self.max_model_len = self._engine.model_config.max_model_len
+
+    def submit(
+        self, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver, *, resumed: bool = False
+    ) -> None:
+        if len(self._prefill_tokens) >= self._max_waiting and not resumed:
+            raise EngineQueueFull(f"{len(self._prefill_tokens)} generations wait already")
+        self._prefill_tokens[key] = len(token_ids)
+        task = asyncio.create_task(self._generate(key, token_ids, sampling, deliver), name=f"generate-{key}")
+        self._tasks[key] = task
+
+    def abort(self, key: str) -> None:
+        task = self._tasks.pop(key, None)
+        if task is not None:
+            self._prefill_tokens.pop(key, None)
+            task.cancel()  # AsyncLLM.generate aborts the request when it is cancelled
+
+    def load(self) -> EngineLoad:
+        waiting = len(self._prefill_tokens)
+        return EngineLoad(
+            running=len(self._tasks) - waiting,
+            waiting=waiting,
+            waiting_prefill_tokens=sum(self._prefill_tokens.values()),
+            kv_blocks_free=self._kv.blocks_free if self._kv else 0,
+            kv_blocks_total=self._kv.blocks_total if self._kv else 0,
+        )
+
+    async def check_health(self) -> None:
+        if self._engine is None:
+            return
+        if self._engine.errored:
+            raise EngineUnhealthy("vLLM's engine core has died")
+        try:
+            # `is_sleeping` is answered by the engine core between two steps: a busy core answers within a step, a
+            # hung one never, while AsyncLLM.check_health only knows whether the core's process has ended.
+            async with asyncio.timeout(self._stall_timeout_s):
+                await self._engine.is_sleeping()
+        except TimeoutError:
+            raise EngineUnhealthy(
+                f"vLLM's engine core gave no answer for {self._stall_timeout_s:g} s"
+            ) from None
+
+    async def shutdown(self) -> None:
+        for key in list(self._tasks):
+            self.abort(key)
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await asyncio.to_thread(engine.shutdown)
+
+    async def _generate(self, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        finished = False
+        try:
+            parameters = SamplingParams(
+                max_tokens=sampling.max_tokens,
+                min_tokens=sampling.min_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                repetition_penalty=sampling.repetition_penalty,
+                seed=sampling.seed,
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=sampling.ignore_eos,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            outputs = self._engine.generate({"prompt_token_ids": token_ids}, parameters, request_id=key)
+            async for output in outputs:
+                choice = output.outputs[0]
+                finish_reason: FinishReason | None = None
+                if output.finished:
+                    finished = True
+                    finish_reason = _finish_reason(choice.finish_reason, bool(choice.token_ids))
+                    self._tasks.pop(key, None)
+                first = self._prefill_tokens.pop(key, None) is not None
+                deliver(
+                    list(choice.token_ids),
+                    finish_reason,
+                    cached_tokens=(output.num_cached_tokens or 0) if first else 0,
+                )
+        except Exception as error:
+            if not self._engine or self._engine.errored:
+                self.on_death()  # not this generation failed but the whole engine: it resumes on another replica
+                return
+            log.exception("generation failed", generation=key)
+            if not finished:
+                deliver([], "failed", message=type(error).__name__)
+        finally:
+            self._tasks.pop(key, None)
+            self._prefill_tokens.pop(key, None)
+
+
+def _finish_reason(reason: str | None, has_tokens: bool) -> FinishReason:
+    """vLLM's word for the end of a generation in ours. Without stop strings `stop` means a stop token, the last."""
+    match reason:
+        case "length":
+            return "length"
+        case "stop" if has_tokens:
+            return "stop_token"
+        case "stop":
+            return "stop"
+        case _:
+            return "failed"

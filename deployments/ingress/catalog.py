@@ -1,0 +1,146 @@
+"""The models this ingress serves, and the pool of each; follows models that come and go without a restart.
+
+What a model is (name, tokenizer, lengths) comes from the deployment's user_config; whether its application exists
+comes from Serve, asked every second. A model is served while both are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from pydantic import BaseModel
+from tokenizers import Tokenizer
+
+from deployments.ingress.engine_pool import EnginePool, PoolLimits
+from deployments.ingress.errors import ModelNotFound
+
+__all__ = ["Catalog", "CatalogEntry", "ServedModel"]
+
+log = structlog.get_logger()
+
+_REFRESH_S = 1.0
+_WATCH_S = 0.25
+
+
+class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
+    """One model as the application builder (serve_app/applications.py) describes it to the ingress."""
+
+    name: str
+    application: str
+    folder: Path
+    """Prepared model; the ingress reads its tokenizer."""
+    max_model_len: int
+    limits: PoolLimits
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    entry: CatalogEntry
+    tokenizer: Tokenizer
+    pool: EnginePool
+    created: int
+    """Unix time in seconds since which this ingress serves it."""
+
+
+class Catalog:
+    def __init__(
+        self,
+        list_applications: Callable[[], Awaitable[frozenset[str]]],
+        open_pool: Callable[[CatalogEntry], Awaitable[EnginePool]],
+    ) -> None:
+        self._list_applications = list_applications
+        self._open_pool = open_pool
+        self._entries: dict[str, CatalogEntry] = {}
+        self._applications: frozenset[str] = frozenset()
+        self._served: dict[str, ServedModel] = {}
+        self._refreshing = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.known = False
+        """Serve has been asked at least once: an unknown model is unknown, not merely not seen yet."""
+
+    async def start(self) -> None:
+        self._tasks = [
+            asyncio.create_task(self._refresh_for_ever(), name="catalog"),
+            asyncio.create_task(self._watch_for_silence(), name="silence"),
+        ]
+
+    async def replace(self, entries: list[CatalogEntry]) -> None:
+        """Take a new list of models. Returns when all of them that exist can be served."""
+        self._entries = {entry.name: entry for entry in entries}
+        await self.refresh()
+
+    def find(self, name: str) -> ServedModel:
+        """Raises ModelNotFound."""
+        try:
+            return self._served[name]
+        except KeyError:
+            raise ModelNotFound(
+                f"The model '{name}' does not exist. GET /v1/models lists the models you can use.",
+                param="model",
+            ) from None
+
+    def models(self) -> list[ServedModel]:
+        return sorted(self._served.values(), key=lambda model: model.entry.name)
+
+    async def refresh(self) -> None:
+        async with self._refreshing:
+            self._applications = await self._list_applications()
+            self.known = True
+            wanted = {
+                name: entry
+                for name, entry in self._entries.items()
+                if entry.application in self._applications
+            }
+            for name in self._served.keys() - wanted.keys():
+                log.info("model removed", model=name)
+                # Its streams run on until they end or the pool's drain limit has passed.
+                self._served.pop(name).pool.replicas_changed(frozenset())
+            for name, entry in wanted.items():
+                served = self._served.get(name)
+                if served is None or served.entry != entry:
+                    self._served[name] = await self._serve(entry, served)
+
+    async def _serve(self, entry: CatalogEntry, served: ServedModel | None) -> ServedModel:
+        """`entry` as a served model; keeps the pool, and with it the streams, of the one served before."""
+        tokenizer = await asyncio.to_thread(Tokenizer.from_file, str(entry.folder / "tokenizer.json"))
+        if served is not None:
+            log.info("model changed", model=entry.name)
+            served.pool.limits = entry.limits
+            return ServedModel(entry, tokenizer, served.pool, served.created)
+        log.info("model added", model=entry.name)
+        return ServedModel(entry, tokenizer, await self._open_pool(entry), int(time.time()))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for model in self._served.values():
+            await model.pool.close()
+
+    async def _refresh_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            try:
+                await self.refresh()
+            except Exception as error:  # the controller may be away for a while: what is served goes on
+                log.warning("applications not refreshed", reason=repr(error))
+
+    async def _watch_for_silence(self) -> None:
+        loop = asyncio.get_running_loop()
+        stalled_until = woke = loop.time()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            now = loop.time()
+            if now - woke > 4 * _WATCH_S:
+                # This process was stalled, not the replicas: their messages lie unread, so give them time to be read.
+                stalled_until = now + 4 * _WATCH_S
+            woke = now
+            if now >= stalled_until:
+                for model in self._served.values():
+                    model.pool.check_silence(now)

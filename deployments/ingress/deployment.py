@@ -1,0 +1,70 @@
+"""What Ray Serve runs per ingress replica: puts catalog, meter client and HTTP app together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from deployments.engine.router import unwatch_replicas, watch_replicas
+from deployments.ingress.app import IngressSettings, build_app
+from deployments.ingress.catalog import Catalog, CatalogEntry
+from deployments.ingress.engine_pool import EnginePool
+from deployments.ingress.meter_client import MeterClient
+from deployments.ingress.serve_transport import ServeMeter, ServeReplica, listed_applications, open_pool
+from deployments.logging import configure_logging
+
+__all__ = ["IngressDeployment"]
+
+
+@serve.ingress()
+class IngressDeployment:
+    """One HTTP front end. `user_config` carries the catalog, so that models come and go without a restart."""
+
+    def __init__(
+        self,
+        meter: DeploymentHandle[Any],
+        *,
+        engine_deployment: str,
+        request_body_limit_bytes: int,
+        keep_alive_s: float,
+        admission_timeout_s: float,
+    ) -> None:
+        configure_logging()
+        self._engine_deployment = engine_deployment
+        self._ingress_id = serve.get_replica_context().replica_id.unique_id
+        self._meter = MeterClient(ServeMeter(meter), admission_timeout_s=admission_timeout_s)
+        self._catalog = Catalog(listed_applications, self._open_pool)
+        self._settings = IngressSettings(request_body_limit_bytes, keep_alive_s)
+        self._running = False
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's hook for apps made per replica
+        return build_app(self._catalog, self._meter, self._settings)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this before the first request and on every change of the models."""
+        if not self._running:
+            self._running = True
+            await self._meter.start()
+            await self._catalog.start()
+        await self._catalog.replace([CatalogEntry.model_validate(entry) for entry in user_config["models"]])
+
+    async def _open_pool(self, entry: CatalogEntry) -> EnginePool:
+        unwatch_replicas(entry.application)
+        handle = await open_pool(entry.application, self._engine_deployment)
+        pool = EnginePool(
+            entry.name,
+            lambda replica_id: ServeReplica(handle, replica_id),
+            ingress_id=self._ingress_id,
+            limits=entry.limits,
+        )
+        watch_replicas(entry.application, pool.replicas_changed)
+        return pool
+
+    async def __del__(self) -> None:
+        if self._running:
+            self._running = False
+            await self._catalog.close()
+            await self._meter.close()

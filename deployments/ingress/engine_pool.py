@@ -1,0 +1,232 @@
+"""The replicas of one model as this ingress sees them: who gets a generation, and what happens when one is lost.
+
+Replicas are chosen by the load that their step streams report. Free of Ray: membership comes from outside
+(`replicas_changed`), and replicas are reached through `ReplicaTransport`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import structlog
+
+from deployments.ingress.errors import InternalError, ModelNotReady, Overloaded
+from deployments.ingress.generation import Generation
+from deployments.ingress.replica_stream import ReplicaStream, ReplicaTransport
+
+__all__ = ["EnginePool", "PoolLimits", "least_loaded"]
+
+log = structlog.get_logger()
+
+_FRUITLESS_RESUMES = 3
+"""A generation that lost so many replicas in a row without a token is given up: it may be what kills them."""
+
+
+def least_loaded(streams: Iterable[ReplicaStream]) -> ReplicaStream:
+    """The replica with the fewest sequences, then the fewest tokens waiting to be prefilled, then the most free KV.
+
+    Raises ValueError when there is none.
+    """
+    return min(
+        streams,
+        key=lambda stream: (
+            stream.sequences,
+            stream.load.waiting_prefill_tokens,
+            -stream.load.kv_blocks_free,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class PoolLimits:
+    hold_timeout_s: float
+    """How long a new generation waits while no replica is live."""
+    resume_timeout_s: float
+    """The same for a generation that lost its replica."""
+    drain_timeout_s: float
+    """How long a leaving replica may finish what it has."""
+    max_held: int
+    """Generations that wait for a replica, at most."""
+
+
+class EnginePool:
+    """Places generations on replicas and moves them when a replica is lost."""
+
+    def __init__(
+        self,
+        model: str,
+        connect: Callable[[str], ReplicaTransport],
+        *,
+        ingress_id: str,
+        limits: PoolLimits,
+    ) -> None:
+        self.model = model
+        self.limits = limits
+        self._connect = connect
+        self._ingress_id = ingress_id
+        self._streams: dict[str, ReplicaStream] = {}
+        self._became_live = asyncio.Event()
+        self._held = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a replica would take a generation now."""
+        return any(stream.accepting for stream in self._streams.values())
+
+    def cards(self) -> list[dict[str, Any]]:
+        """Each replica and its load, for operators."""
+        return [
+            {
+                "id": stream.replica_id,
+                "model": self.model,
+                "in_rotation": stream.accepting,
+                "draining": stream.draining,
+                **msgspec.structs.asdict(stream.load),
+            }
+            for stream in self._streams.values()
+        ]
+
+    def replicas_changed(self, replica_ids: frozenset[str]) -> None:
+        """Follow the pool: open a stream to each new replica, drain those that leave."""
+        for replica_id in replica_ids - self._streams.keys():
+            stream = ReplicaStream(
+                replica_id,
+                self._connect(replica_id),
+                name=f"{self._ingress_id}/{self.model}/{replica_id}",
+                on_live=self._on_live,
+                on_lost=self._on_lost,
+            )
+            self._streams[replica_id] = stream
+            self._own(stream.run(), f"stream-{stream.replica_id}")
+        for replica_id in self._streams.keys() - replica_ids:
+            stream = self._streams[replica_id]
+            if not stream.draining:
+                self._own(self._drain(stream), f"drain-{replica_id}")
+
+    def start(self, generations: list[Generation]) -> None:
+        """Place new generations; everything else, failure included, comes through their mailbox."""
+        self._own(self._place(generations, self.limits.hold_timeout_s), "place")
+
+    def abort(self, generations: Iterable[Generation]) -> None:
+        """End generations that nobody wants any more; frees the engines without waiting for them."""
+        numbers: dict[ReplicaStream, list[int]] = {}
+        for generation in generations:
+            if not generation.ended:
+                generation.ended = True
+                if generation.placement is not None:
+                    numbers.setdefault(generation.placement.stream, []).append(generation.placement.number)
+        for stream, doomed in numbers.items():
+            self._own(stream.abort(doomed), "abort")
+
+    def check_silence(self, now: float) -> None:
+        for stream in self._streams.values():
+            stream.check_silence(now)
+
+    async def close(self) -> None:
+        """Close every stream; what still runs on the replicas is aborted by them."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- internals ---------------------------------------------------------------------------------------------------
+
+    def _on_live(self) -> None:
+        self._became_live.set()
+        self._became_live = asyncio.Event()
+
+    def _on_lost(self, generations: list[Generation]) -> None:
+        moving: list[Generation] = []
+        for generation in generations:
+            generation.lost()
+            if generation.fruitless_resumes > _FRUITLESS_RESUMES:
+                log.error("generation given up", request_id=generation.request_id, resumes=generation.resumes)
+                generation.fail(InternalError())
+            else:
+                moving.append(generation)
+        if moving:
+            self._own(self._place(moving, self.limits.resume_timeout_s), "resume")
+
+    async def _place(self, generations: list[Generation], hold_timeout_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + hold_timeout_s
+        full: set[ReplicaStream] = set()
+        while generations := [generation for generation in generations if not generation.ended]:
+            live = [stream for stream in self._streams.values() if stream.accepting]
+            candidates = [stream for stream in live if stream not in full]
+            if live and not candidates:
+                self._fail(generations, self._overloaded(live))
+                return
+            if not candidates:
+                if not await self._wait_for_replica(len(generations), deadline):
+                    self._fail(generations, self._not_ready())
+                    return
+                continue
+            groups: dict[ReplicaStream, list[Generation]] = {}
+            if len(generations) == 1 or len(candidates) == 1:
+                groups[least_loaded(candidates)] = generations
+            else:
+                ahead = {stream: stream.sequences for stream in candidates}
+                for generation in generations:
+                    stream = min(candidates, key=ahead.__getitem__)
+                    ahead[stream] += 1
+                    groups.setdefault(stream, []).append(generation)
+            refused = await asyncio.gather(*(stream.submit(group) for stream, group in groups.items()))
+            generations = []
+            for stream, unplaced in zip(groups, refused, strict=True):
+                if unplaced:
+                    full.add(stream)
+                    generations += unplaced
+
+    async def _wait_for_replica(self, generations: int, deadline: float) -> bool:
+        if self._held + generations > self.limits.max_held:
+            return False
+        self._held += generations
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._became_live.wait()
+        except TimeoutError:
+            return False
+        else:
+            return True
+        finally:
+            self._held -= generations
+
+    async def _drain(self, stream: ReplicaStream) -> None:
+        await stream.drain(self.limits.drain_timeout_s)
+        del self._streams[stream.replica_id]
+
+    def _fail(self, generations: list[Generation], error: Overloaded | ModelNotReady) -> None:
+        for generation in generations:
+            generation.fail(error)
+
+    def _overloaded(self, streams: list[ReplicaStream]) -> Overloaded:
+        waiting = sum(stream.load.waiting for stream in streams)
+        per_s = sum(stream.load.finished_per_s for stream in streams)
+        # When half of what waits has been served there is room again; without a measured rate, try again soon.
+        retry_after_s = waiting / 2 / per_s if per_s else 1.0
+        return Overloaded(
+            f"The model {self.model} has no free capacity. Retry after the seconds in Retry-After.",
+            retry_after_s=min(max(retry_after_s, 1.0), 60.0),
+        )
+
+    def _not_ready(self) -> ModelNotReady:
+        return ModelNotReady(
+            f"No replica of the model {self.model} is up. Retry after the seconds in Retry-After.",
+            retry_after_s=10.0,
+        )
+
+    def _own(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=f"{self.model}-{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task failed", task=task.get_name(), exc_info=error)

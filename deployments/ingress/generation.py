@@ -1,0 +1,124 @@
+"""One choice of one prompt on its way through the replicas, and the mailbox its request reads.
+
+A generation outlives the replica it runs on: it keeps every token that arrived, so that it can go on elsewhere from
+prompt + tokens. A token counts when it arrives here, once, whichever replica made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from deployments.contracts import FinishReason, Sampling, Submission, TokenDelta
+from deployments.ingress.errors import ApiError
+
+if TYPE_CHECKING:
+    from deployments.ingress.replica_stream import ReplicaStream
+
+__all__ = ["Generation", "Mailbox", "News", "Placement"]
+
+
+class News(NamedTuple):
+    """What a generation gained; with an error it has ended without a finish reason."""
+
+    choice: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    error: ApiError | None = None
+
+
+class Placement(NamedTuple):
+    """Where a generation runs."""
+
+    stream: ReplicaStream
+    number: int
+    """Its name on the stream."""
+
+
+class Mailbox:
+    """Where all generations of one request deliver; its reader wakes once for everything that came in between.
+
+    Bounded by the tokens the request may generate.
+    """
+
+    def __init__(self) -> None:
+        self._news: list[News] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, news: News) -> None:
+        self._news.append(news)
+        self._arrived.set()
+
+    def wake(self) -> None:
+        """Make `take` return, with nothing if nothing has arrived."""
+        self._arrived.set()
+
+    async def take(self) -> list[News]:
+        """Everything since the last call in order of arrival; empty only after `wake`."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        news, self._news = self._news, []
+        return news
+
+
+class Generation:
+    """The state that survives a replica."""
+
+    def __init__(
+        self, request_id: str, choice: int, prompt: list[int], sampling: Sampling, mailbox: Mailbox
+    ) -> None:
+        self.request_id = request_id
+        self.choice = choice
+        self.prompt = prompt
+        self.sampling = sampling
+        self.tokens: list[int] = []
+        """Generated so far, over all replicas."""
+        self.cached_tokens = 0
+        """Prompt tokens that the first replica found in its prefix cache."""
+        self.resumes = 0
+        self.fruitless_resumes = 0
+        """Resumes in a row without a token in between: a generation that kills its replicas must not go on for ever."""
+        self.ended = False
+        self.placement: Placement | None = None
+        self._mailbox = mailbox
+
+    def submission(self, number: int) -> Submission:
+        """To go on from where the tokens end, as generation `number` of a step stream."""
+        sampling = self.sampling
+        if self.tokens:
+            # Exact in distribution and for greedy text; seeds, penalties and grammars depend on state that is lost.
+            sampling = msgspec.structs.replace(
+                sampling,
+                max_tokens=sampling.max_tokens - len(self.tokens),
+                min_tokens=max(0, sampling.min_tokens - len(self.tokens)),
+            )
+        return Submission(
+            generation=number,
+            request_id=self.request_id,
+            token_ids=self.prompt + self.tokens,
+            sampling=sampling,
+            resumed=self.resumes > 0,
+        )
+
+    def deliver(self, delta: TokenDelta) -> None:
+        if not self.tokens and not self.resumes:
+            self.cached_tokens = delta.cached_tokens
+        if delta.token_ids:
+            self.fruitless_resumes = 0
+            self.tokens += delta.token_ids
+        if delta.finish_reason is not None:
+            self.ended = True
+        self._mailbox.put(News(self.choice, delta.token_ids, delta.finish_reason))
+
+    def lost(self) -> None:
+        """The replica is gone; the generation is about to be placed on another."""
+        self.placement = None
+        self.resumes += 1
+        self.fruitless_resumes += 1
+
+    def fail(self, error: ApiError) -> None:
+        if not self.ended:
+            self.ended = True
+            self._mailbox.put(News(self.choice, [], None, error))

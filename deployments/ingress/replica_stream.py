@@ -1,0 +1,227 @@
+"""The receiving end of one engine replica: its step stream, the generations on it, and whether it is alive.
+
+A replica is in rotation while its step stream is live. A stream that breaks, ends or is silent means that the replica
+is lost; its generations go back to the pool, and the stream is opened again as long as the replica is in the pool.
+The sending end is deployments/engine/replica.py. Free of Ray: `ReplicaTransport` is the seam.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Protocol
+
+import structlog
+
+from deployments.contracts import EngineLoad, EngineStep, SubmissionStatus, pack, unpack
+from deployments.ingress.generation import Generation, Placement
+
+__all__ = ["SILENCE_LIMIT_S", "ReplicaLost", "ReplicaStream", "ReplicaTransport"]
+
+log = structlog.get_logger()
+
+SILENCE_LIMIT_S = 3.0
+"""A replica that sends nothing for so long is lost; heartbeats come every HEARTBEAT_S of
+deployments/engine/step_outbox.py."""
+_SUBMIT_LIMIT_S = 5.0
+_RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 4.0
+
+
+class ReplicaLost(Exception):
+    """The replica cannot be used now."""
+
+
+class ReplicaTransport(Protocol):
+    """How to reach one replica. Every method raises ReplicaLost when it cannot be reached."""
+
+    def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
+        """Packed `EngineStep` messages, until the replica ends the stream."""
+
+    async def submit(self, stream_id: str, submissions: bytes) -> list[SubmissionStatus]: ...
+
+    async def abort(self, stream_id: str, generations: list[int]) -> None: ...
+
+
+class ReplicaStream:
+    """One replica as this ingress sees it."""
+
+    def __init__(
+        self,
+        replica_id: str,
+        transport: ReplicaTransport,
+        *,
+        name: str,
+        on_live: Callable[[], None],
+        on_lost: Callable[[list[Generation]], None],
+    ) -> None:
+        self.replica_id = replica_id
+        self.live = False
+        """The stream is open and not silent."""
+        self.draining = False
+        """The replica is leaving: it finishes what it has and gets nothing new."""
+        self.load = EngineLoad()
+        self.generations: dict[int, Generation] = {}
+        self.last_heard = 0.0
+        """Event-loop time of the last message, in seconds."""
+        self._transport = transport
+        self._name = name
+        self._connections = 0
+        self._numbers = 0
+        self._unreported = 0
+        self._retry_s = _RETRY_FIRST_S
+        self._on_live = on_live
+        self._on_lost = on_lost
+        self._reader: asyncio.Task[None] | None = None
+        self._emptied = asyncio.Event()
+
+    @property
+    def accepting(self) -> bool:
+        return self.live and not self.draining
+
+    @property
+    def sequences(self) -> int:
+        """Generations on the replica, of all ingress replicas: as reported, plus those submitted since."""
+        return max(self.load.running + self.load.waiting + self._unreported, len(self.generations))
+
+    # --- in the order in which they happen --------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep the stream open until the replica has left the pool and is drained."""
+        try:
+            while not self.draining:
+                self._retry_s = min(2 * self._retry_s, _RETRY_MAX_S)
+                self._reader = asyncio.create_task(self._read(), name=f"steps-{self._name}")
+                await asyncio.wait([self._reader])
+                self._lose("broken" if self._reader.cancelled() else repr(self._reader.exception()))
+                if not self.draining:
+                    await asyncio.sleep(self._retry_s)
+        finally:
+            if self._reader is not None:
+                self._reader.cancel()
+
+    async def submit(self, generations: list[Generation]) -> list[Generation]:
+        """Send generations to the replica; their tokens come through `Generation.deliver`.
+
+        Returns those that the replica refused because its queue is full. Those that are lost with the stream while
+        the call is under way go to `on_lost` as all others on it do.
+        """
+        numbered: dict[int, Generation] = {}
+        for generation in generations:
+            self._numbers += 1
+            generation.placement = Placement(self, self._numbers)
+            numbered[self._numbers] = generation
+        self.generations |= numbered
+        self._unreported += len(numbered)
+        payload = pack([generation.submission(number) for number, generation in numbered.items()])
+        try:
+            async with asyncio.timeout(_SUBMIT_LIMIT_S):
+                statuses = await self._transport.submit(self._stream_id, payload)
+        except (ReplicaLost, TimeoutError) as error:
+            self._break(f"submission failed: {error!r}")
+            return []
+        if "stream_unknown" in statuses:
+            self._break("the replica does not know this stream")
+            return []
+        return [
+            generation
+            for (number, generation), status in zip(numbered.items(), statuses, strict=True)
+            if status == "queue_full" and self._take(number)
+        ]
+
+    async def abort(self, numbers: list[int]) -> None:
+        """Stop generations: nothing of them arrives any more, and the replica frees what they hold."""
+        numbers = [number for number in numbers if self._take(number)]
+        if not numbers:
+            return
+        try:
+            async with asyncio.timeout(_SUBMIT_LIMIT_S):
+                await self._transport.abort(self._stream_id, numbers)
+        except (ReplicaLost, TimeoutError) as error:
+            # The generations end with the stream, which is broken now if it was not before.
+            self._break(f"abort failed: {error!r}")
+
+    def check_silence(self, now: float) -> None:
+        """Give the replica up when nothing was heard of it for SILENCE_LIMIT_S; `now` in event-loop time."""
+        if self.live and now - self.last_heard > SILENCE_LIMIT_S:
+            self._break(f"silent for {now - self.last_heard:.1f} s")
+
+    async def drain(self, limit_s: float) -> None:
+        """Let what runs here finish, at most `limit_s`; give the rest back; then close the stream."""
+        self.draining = True
+        self._emptied.clear()
+        if self.generations and self.live:
+            try:
+                async with asyncio.timeout(limit_s):
+                    await self._emptied.wait()
+            except TimeoutError:
+                log.info("moving generations off a leaving replica", replica=self._name)
+        self._break("drained")
+
+    # --- internals ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _stream_id(self) -> str:
+        return f"{self._name}#{self._connections}"
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._connections += 1
+        self.last_heard = loop.time()
+        async with aclosing(self._transport.steps(self._stream_id)) as steps:
+            first = True
+            while True:
+                try:
+                    # The first message has a limit of its own, since only live streams are watched for silence.
+                    async with asyncio.timeout(SILENCE_LIMIT_S if first else None):
+                        message = await anext(steps)
+                except StopAsyncIteration:
+                    return
+                self.last_heard = loop.time()
+                self._apply(unpack(message, EngineStep))
+                if first:
+                    first = False
+                    self.live = True
+                    self._retry_s = _RETRY_FIRST_S
+                    log.info("replica in rotation", replica=self._name)
+                    self._on_live()
+
+    def _apply(self, step: EngineStep) -> None:
+        self.load = step.load
+        self._unreported = 0
+        for delta in step.deltas:
+            generation = self.generations.get(delta.generation)
+            if generation is None:
+                continue  # aborted or moved to another replica
+            if delta.finish_reason is not None:
+                self._take(delta.generation)
+                if delta.finish_reason == "failed":
+                    log.error("engine failed a generation", replica=self._name, reason=delta.message)
+            generation.deliver(delta)
+
+    def _take(self, number: int) -> bool:
+        """Take a generation off the stream; False when it has ended or moved already."""
+        taken = self.generations.pop(number, None) is not None
+        if not self.generations:
+            self._emptied.set()
+        return taken
+
+    def _break(self, reason: str) -> None:
+        """Give the stream up; `run` opens it again if the replica is to stay."""
+        self._lose(reason)
+        if self._reader is not None:
+            self._reader.cancel()
+
+    def _lose(self, reason: str) -> None:
+        if self.live:
+            self.live = False
+            log.info(
+                "replica out of rotation", replica=self._name, reason=reason, moving=len(self.generations)
+            )
+        self.load = EngineLoad()
+        self._unreported = 0
+        self._emptied.set()
+        lost = list(self.generations.values())
+        self.generations.clear()
+        if lost:
+            self._on_lost(lost)

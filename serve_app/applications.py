@@ -1,0 +1,217 @@
+"""ClusterConfig -> Ray Serve applications, in the declarative form that Serve's REST API and KubeRay take.
+
+`gateway` has Ingress and Meter; each model is an application of its own, so that adding, upgrading, scaling or
+breaking one never touches the others. What may change without a restart (the catalog of models) travels as
+`user_config`, everything else as arguments of the builders below, which Serve calls in the cluster.
+"""
+
+# No `from __future__ import annotations`: Serve looks at the annotation of a builder's argument at run time.
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from deployments.engine.deployment import EngineDeployment
+from deployments.engine.router import TargetedRouter
+from deployments.ingress.deployment import IngressDeployment
+from deployments.meter.deployment import MeterDeployment
+from serve_app.config import ClusterConfig, ModelConfig, VllmEngineConfig
+
+__all__ = [
+    "GATEWAY",
+    "GatewayArguments",
+    "ModelArguments",
+    "application_name",
+    "build_gateway",
+    "build_model",
+    "serve_config",
+]
+
+GATEWAY = "gateway"
+INGRESS, METER, ENGINE, ROOT = "Ingress", "Meter", "Engine", "Root"
+
+_MAX_STREAMS = 4096
+"""Requests under way per ingress replica; Serve answers 503 beyond."""
+_INGRESS_TARGET_STREAMS = 256
+"""Serve adds an ingress replica when each has so many requests under way."""
+_UNLIMITED = 1_000_000
+"""Calls to an engine replica or the meter are short or, as step streams, one per ingress; both bound their own work."""
+_RESUME_TIMEOUT_S = 180.0
+_SHUTDOWN_MARGIN_S = 10.0
+
+
+class GatewayArguments(BaseModel, frozen=True, extra="forbid"):
+    home: str
+    database: str
+    require_keys: bool
+    request_body_limit_bytes: int
+    keep_alive_s: float
+    admission_timeout_s: float
+
+
+class ModelArguments(BaseModel, frozen=True, extra="forbid"):
+    home: str
+    model: dict[str, Any]
+    """A ModelConfig as JSON."""
+
+
+def application_name(model: str) -> str:
+    return f"model-{model}"
+
+
+def build_gateway(arguments: GatewayArguments) -> Application:
+    """Serve's builder of the application `gateway`."""
+    meter = serve.deployment(
+        name=METER, max_ongoing_requests=_UNLIMITED, health_check_period_s=2, health_check_timeout_s=10
+    )(MeterDeployment).bind(arguments.home, arguments.database, arguments.require_keys)
+    return serve.deployment(
+        name=INGRESS,
+        max_ongoing_requests=_MAX_STREAMS,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+    )(IngressDeployment).bind(
+        meter,
+        engine_deployment=ENGINE,
+        request_body_limit_bytes=arguments.request_body_limit_bytes,
+        keep_alive_s=arguments.keep_alive_s,
+        admission_timeout_s=arguments.admission_timeout_s,
+    )
+
+
+def build_model(arguments: ModelArguments) -> Application:
+    """Serve's builder of one `model-<name>`."""
+    model = ModelConfig.model_validate(arguments.model)
+    engine = serve.deployment(
+        name=ENGINE,
+        max_ongoing_requests=_UNLIMITED,
+        request_router_config=RequestRouterConfig(request_router_class=TargetedRouter),
+        health_check_period_s=2,
+        health_check_timeout_s=model.stall_timeout_s + 5,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=model.drain_timeout_s + _SHUTDOWN_MARGIN_S,
+    )(EngineDeployment).bind(arguments.model, arguments.home)
+    return serve.deployment(
+        name=ROOT,
+        autoscaling_config={"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1},
+        ray_actor_options={"num_cpus": 0},
+    )(_Root).bind(engine)
+
+
+class _Root:
+    """The root of a model's application. Serve wants one, gives it an HTTP server of its own and lets it have no
+    request router; engine replicas must have no open port and need their router. It has no replica: nobody calls it.
+    """
+
+    def __init__(self, engine: DeploymentHandle[Any]) -> None:
+        self._engine = engine
+
+
+def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """The body of `PUT /api/serve/applications/`; `folders` has each model's prepared folder by name."""
+    lengths = {model.name: context_length(model, folders[model.name]) for model in config.models}
+    gateway = GatewayArguments(
+        home=str(home),
+        database=config.meter.database,
+        require_keys=config.meter.require_keys,
+        request_body_limit_bytes=int(config.ingress.request_body_limit),
+        keep_alive_s=config.ingress.keep_alive_s,
+        admission_timeout_s=config.ingress.admission_timeout_s,
+    )
+    catalog = [
+        {
+            "name": model.name,
+            "application": application_name(model.name),
+            "folder": str(folders[model.name]),
+            "max_model_len": lengths[model.name],
+            "limits": {
+                "hold_timeout_s": model.hold_timeout_s,
+                "resume_timeout_s": _RESUME_TIMEOUT_S,
+                "drain_timeout_s": model.drain_timeout_s,
+                "max_held": model.max_waiting,
+            },
+        }
+        for model in config.models
+    ]
+    metered = [
+        {"name": model.name, "folder": str(folders[model.name]), "max_model_len": lengths[model.name]}
+        for model in config.models
+    ]
+    ingress_replicas = config.ingress.replicas
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.cluster.http.host, "port": config.cluster.http.port},
+        "applications": [
+            {
+                "name": GATEWAY,
+                "route_prefix": "/",
+                "import_path": f"{__name__}:build_gateway",
+                "args": gateway.model_dump(),
+                "deployments": [
+                    {
+                        "name": INGRESS,
+                        "autoscaling_config": {
+                            "min_replicas": ingress_replicas.min,
+                            "max_replicas": ingress_replicas.max,
+                            "target_ongoing_requests": _INGRESS_TARGET_STREAMS,
+                        },
+                        "ray_actor_options": {"num_cpus": config.ingress.resources.cpus},
+                        "user_config": {"models": catalog},
+                    },
+                    {
+                        "name": METER,
+                        "ray_actor_options": {"num_cpus": config.meter.resources.cpus},
+                        "user_config": {"models": metered},
+                    },
+                ],
+            },
+            *(_model_application(model, home) for model in config.models),
+        ],
+    }
+
+
+def context_length(model: ModelConfig, folder: Path) -> int:
+    """Tokens of prompt and completion that the model takes: configured, or what its weights were trained for."""
+    if model.engine.max_model_len is not None:
+        return model.engine.max_model_len
+    described = json.loads((folder / "config.json").read_bytes())
+    return int(described.get("text_config", described)["max_position_embeddings"])
+
+
+def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
+    resources = model.resources
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+    if resources.accelerator is not None:
+        options["accelerator_type"] = resources.accelerator
+    deployment: dict[str, Any] = {
+        "name": ENGINE,
+        "num_replicas": model.replicas.min,
+        "ray_actor_options": options,
+    }
+    engine = model.engine
+    if (
+        isinstance(engine, VllmEngineConfig)
+        and engine.tensor_parallel_size * engine.pipeline_parallel_size > 1
+    ):
+        # vLLM's workers are children of the replica on CPU and its own actors on GPUs; either way they need room.
+        workers = engine.tensor_parallel_size * engine.pipeline_parallel_size
+        if resources.gpus:
+            deployment["placement_group_bundles"] = [
+                {"CPU": resources.cpus, "GPU": resources.gpus / workers},
+                *({"GPU": resources.gpus / workers} for _ in range(workers - 1)),
+            ]
+            deployment["placement_group_strategy"] = "PACK"
+    # The number of replicas may change without touching those that run, so it is no part of the arguments.
+    arguments = model.model_dump(mode="json", exclude={"replicas", "price"})
+    return {
+        "name": application_name(model.name),
+        "route_prefix": None,
+        "import_path": f"{__name__}:build_model",
+        "args": ModelArguments(home=str(home), model=arguments).model_dump(),
+        "deployments": [deployment],
+    }

@@ -1,0 +1,119 @@
+"""`millstream status`: what runs where, and how busy it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deployments.meter.keys import ensure_admin_key
+from serve_app.config import millstream_home
+from serve_app.ray_node import RayNode
+from serve_app.serve_api import ServeApi, ServeApiError
+
+__all__ = ["status"]
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Show applications, their replicas, where they run and their load. Ends with status 1 if no cluster runs."""
+    home = millstream_home(os.environ)
+    node = RayNode.running(home)
+    if node is None:
+        typer.echo(f"No cluster runs under {home}. Start one with: millstream up cluster.yaml", err=True)
+        raise typer.Exit(1)
+    try:
+        applications = ServeApi(node.dashboard_url, node.token).applications()
+    except ServeApiError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    loads = _loads(node, ensure_admin_key(home))
+    described = {
+        "cluster": node.name,
+        "url": f"http://{node.http_host}:{node.http_port}/v1",
+        "applications": [
+            {
+                "name": application.name,
+                "status": application.status,
+                "messages": application.reasons,
+                "deployments": [
+                    {
+                        "name": deployment,
+                        "wanted": application.wanted[deployment],
+                        "replicas": [
+                            {
+                                "id": replica.replica_id,
+                                "state": replica.state,
+                                "node": replica.node_ip,
+                                "pid": replica.pid,
+                                "load": loads.get(replica.replica_id),
+                            }
+                            for replica in replicas
+                        ],
+                    }
+                    for deployment, replicas in application.deployments.items()
+                ],
+            }
+            for application in applications
+        ],
+    }
+    if as_json:
+        typer.echo(json.dumps(described, indent=2))
+    else:
+        _show(described)
+
+
+def _loads(node: RayNode, key: str) -> dict[str, dict[str, Any]]:
+    """Load of each engine replica as an ingress sees it; empty while none answers."""
+    host = "127.0.0.1" if node.http_host in ("0.0.0.0", "::") else node.http_host
+    try:
+        response = httpx.get(
+            f"http://{host}:{node.http_port}/admin/v1/replicas",
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=5.0,
+            trust_env=False,
+        )
+        response.raise_for_status()
+    except httpx.HTTPError as error:
+        typer.echo(f"warning: no load to show, the ingress does not answer: {error!r}", err=True)
+        return {}
+    return {replica["id"]: replica for replica in response.json()["data"]}
+
+
+def _show(described: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"cluster {described['cluster']} at {described['url']}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("application", "status", "deployment", "replica", "state", "node", "load"):
+        table.add_column(column)
+    for application in described["applications"]:
+        for deployment in application["deployments"]:
+            for replica in deployment["replicas"] or [{"id": "-", "state": "-", "node": "-", "load": None}]:
+                load = replica["load"]
+                table.add_row(
+                    application["name"],
+                    application["status"],
+                    f"{deployment['name']} ({deployment['wanted']} wanted)",
+                    replica["id"],
+                    replica["state"],
+                    replica["node"],
+                    "" if load is None else _load(load),
+                )
+    console.print(table)
+    for application in described["applications"]:
+        for message in application["messages"]:
+            console.print(f"{application['name']}: {message}", markup=False)
+
+
+def _load(load: dict[str, Any]) -> str:
+    if not load["in_rotation"]:
+        return "out of rotation"
+    used = load["kv_blocks_total"] - load["kv_blocks_free"]
+    share = used / load["kv_blocks_total"] if load["kv_blocks_total"] else 0.0
+    return f"{load['running']} running, {load['waiting']} waiting, KV {share:.0%}"

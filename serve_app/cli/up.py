@@ -1,0 +1,194 @@
+"""`millstream up FILE`: from a cluster.yaml to a cluster that answers, with progress and reasons."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from deployments.meter.errors import AdminKeyError
+from deployments.meter.keys import ensure_admin_key
+from serve_app.applications import serve_config
+from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
+from serve_app.model_source import ModelSourceError, prepare_model
+from serve_app.ray_node import RayNode, RayNodeError
+from serve_app.serve_api import Application, ServeApi, ServeApiError
+
+__all__ = ["up"]
+
+_API_LIMIT_S = 60.0
+_POLL_S = 0.5
+_SILENCE_S = 15.0
+"""A line of progress at least so often."""
+
+
+class StartError(Exception):
+    """The cluster did not come up; the text says which part failed and why."""
+
+
+def up(
+    file: Annotated[Path, typer.Argument(help="The cluster.yaml to run.")] = Path("cluster.yaml"),
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the cluster answers.")] = False,
+    port: Annotated[int | None, typer.Option(help="Listen here instead of cluster.http.port.")] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Give up when the cluster is not up after so many seconds.")
+    ] = 900.0,
+) -> None:
+    """Start the cluster that FILE describes, or change the running one to it.
+
+    Stays in the foreground, and stops the cluster on Ctrl-C, unless --detach is given or the cluster was running.
+    """
+    try:
+        config = load_cluster_config(file)
+        if port is not None:
+            config = _with_port(config, port)
+    except ConfigError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    home = millstream_home(os.environ)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Ray's processes must not die of the terminal's Ctrl-C before `up` stops them in order.
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    node: RayNode | None = None
+    started = False
+    try:
+        key = ensure_admin_key(home)
+        folders = {model.name: prepare_model(model.source, home, report=_say) for model in config.models}
+        node = RayNode.running(home)
+        if node is None:
+            _say("starting Ray …")
+            started = True
+            node = RayNode.start(config, home)
+        else:
+            _say(f"changing the running cluster {node.name} …")
+            _check_unchanged(node, config)
+        api = ServeApi(node.dashboard_url, node.token)
+        api.wait_until_up(_API_LIMIT_S)
+        api.apply(serve_config(config, home, folders))
+        _await_running(api, config, stopping, time.monotonic() + timeout)
+        _await_ready(config, stopping, time.monotonic() + _API_LIMIT_S)
+    except (AdminKeyError, ModelSourceError, RayNodeError, ServeApiError, StartError) as error:
+        typer.echo(f"The cluster did not start: {error}", err=True)
+        if node is not None:
+            typer.echo(f"The replicas' logs: {node.folder}/session_latest/logs/serve", err=True)
+            if started:
+                node.stop(home, keep_logs=True)
+        raise typer.Exit(1) from None
+    if stopping.is_set():
+        _stop(node, home)
+        raise typer.Exit(130)
+    _greet(config, key)
+    if detach or not started:
+        return
+    _say("running in the foreground; Ctrl-C stops the cluster")
+    while not stopping.wait(1.0):
+        if RayNode.running(home) is None:
+            typer.echo("The cluster was stopped.", err=True)
+            return
+    _stop(node, home)
+
+
+def _with_port(config: ClusterConfig, port: int) -> ClusterConfig:
+    http = config.cluster.http.model_copy(update={"port": port})
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"http": http})})
+
+
+def _check_unchanged(node: RayNode, config: ClusterConfig) -> None:
+    http = config.cluster.http
+    if (node.http_host, node.http_port, node.proxy) != (http.host, http.port, config.cluster.proxy):
+        raise StartError(
+            f"the running cluster listens on {node.http_host}:{node.http_port} with proxy {node.proxy}, which "
+            "cannot change while it runs: `millstream down` first"
+        )
+
+
+def _await_running(api: ServeApi, config: ClusterConfig, stopping: threading.Event, deadline: float) -> None:
+    """Until every application runs. Raises StartError with Serve's reason for the first that failed."""
+    begun = said = time.monotonic()
+    last = ""
+    while not stopping.wait(_POLL_S):
+        applications = api.applications()
+        for application in applications:
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise StartError(_reason(application))
+        progress = ", ".join(_progress(application) for application in applications)
+        now = time.monotonic()
+        if progress and (progress != last or now - said > _SILENCE_S):
+            _say(f"[{now - begun:3.0f} s] replicas up: {progress}")
+            last, said = progress, now
+        if len(applications) == len(config.models) + 1 and all(
+            application.status == "RUNNING" for application in applications
+        ):
+            return
+        if now > deadline:
+            waiting = "\n".join(_reason(a) for a in applications if a.status != "RUNNING")
+            raise StartError(f"not up in time\n{waiting}")
+
+
+def _progress(application: Application) -> str:
+    parts = [
+        f"{sum(replica.state == 'RUNNING' for replica in replicas)}/{application.wanted[name]}"
+        for name, replicas in application.deployments.items()
+    ]
+    return f"{application.name} {'+'.join(parts) or '…'}"
+
+
+def _reason(application: Application) -> str:
+    return f"{application.name} is {application.status}: " + ("\n".join(application.reasons) or "no reason given")
+
+
+def _await_ready(config: ClusterConfig, stopping: threading.Event, deadline: float) -> None:
+    """Until the cluster says so itself, through its own front door, for every model."""
+    url = f"http://{_reachable(config)}/readyz"
+    answer = "no answer"
+    with httpx.Client(timeout=5.0, trust_env=False) as client:
+        while not stopping.wait(0.1):
+            try:
+                response = client.get(url)
+                answer = response.text
+                if response.status_code == 200 and all(response.json()["models"].values()):
+                    return
+            except httpx.HTTPError as error:
+                answer = repr(error)
+            if time.monotonic() > deadline:
+                raise StartError(f"{url} does not say ready: {answer}")
+
+
+def _reachable(config: ClusterConfig) -> str:
+    """Host and port for a client on this machine."""
+    http = config.cluster.http
+    host = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host
+    return f"{host}:{http.port}"
+
+
+def _greet(config: ClusterConfig, key: str) -> None:
+    url = f"http://{_reachable(config)}"
+    models = ", ".join(model.name for model in config.models)
+    authorization = f" \\\n  -H 'Authorization: Bearer {key}'" if config.meter.require_keys else ""
+    typer.echo(
+        f"\nMillstream serves {models} at {url}/v1. Try:\n\n"
+        f"curl {url}/v1/completions{authorization} \\\n"
+        f"  -H 'Content-Type: application/json' \\\n"
+        f'  -d \'{{"model": "{config.models[0].name}", "prompt": "The capital of France is", '
+        f'"max_tokens": 16, "temperature": 0}}\'\n'
+    )
+
+
+def _stop(node: RayNode, home: Path) -> None:
+    _say("stopping the cluster …")
+    ended = node.stop(home)
+    _say(f"stopped: {ended} processes ended")
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+    sys.stdout.flush()

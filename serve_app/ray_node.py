@@ -1,0 +1,221 @@
+"""The Ray node that `millstream up` runs on one machine: its settings, its processes, its end.
+
+Every process of the node, vLLM's and HAProxy's children included, inherits one environment variable with the
+cluster's id. So `stop` ends what `up` started and nothing else, stray children of killed parents included, and other
+Ray clusters on the machine are left alone (which `ray stop` would end as well).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from serve_app.config import ClusterConfig
+
+__all__ = ["RayNode", "RayNodeError", "processes_of"]
+
+_MARK = "MILLSTREAM_CLUSTER_ID"
+_TERMINATE_S = 10.0
+_OBJECT_STORE_BYTES = 128 * 2**20
+"""Millstream passes no objects by reference, so the shared-memory store stays small."""
+_REPLICA_PORTS = 200
+"""Ports set aside for the ingress replicas behind HAProxy."""
+
+
+class RayNodeError(Exception):
+    """Ray could not be started; the text says why and where its logs are."""
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """A running node, as kept in MILLSTREAM_HOME/run/ for the other commands."""
+
+    cluster_id: str
+    name: str
+    http_host: str
+    http_port: int
+    gcs_port: int
+    dashboard_port: int
+    proxy: str
+    folder: str
+    """Ray's own files and HAProxy's: logs, sockets. Removed by `stop`."""
+    token_file: str
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.gcs_port}"
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def token(self) -> str:
+        return Path(self.token_file).read_text().strip()
+
+    def environment(self) -> dict[str, str]:
+        """What every process of the node, and every driver that connects to it, must have in its environment."""
+        return {
+            _MARK: self.cluster_id,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": self.token_file,
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray renames its processes; without this the new title overwrites the environment that `stop` reads.
+            "SPT_NOENV": "1",
+            **(_haproxy_environment(self.folder) if self.proxy == "haproxy" else {}),
+        }
+
+    # --- in the order in which they happen ------------------------------------------------------------------------
+
+    @classmethod
+    def start(cls, config: ClusterConfig, home: Path) -> RayNode:
+        """Start Ray's processes for `config` on this machine. Raises RayNodeError."""
+        section = config.cluster
+        token_file = home / "ray.token"
+        if not token_file.exists():
+            _write_secret(token_file, secrets.token_hex(32))
+        node = cls(
+            cluster_id=secrets.token_hex(8),
+            name=section.name,
+            http_host=section.http.host,
+            http_port=section.http.port,
+            gcs_port=_free_port(),
+            dashboard_port=_free_port(),
+            proxy=section.proxy,
+            # Short on purpose: HAProxy puts Unix sockets two levels below it, whose paths have at most 97 characters.
+            folder=tempfile.mkdtemp(prefix="millstream-", dir="/tmp"),
+            token_file=str(token_file),
+        )
+        _state_file(home).parent.mkdir(parents=True, exist_ok=True)
+        _state_file(home).write_text(json.dumps(asdict(node)))
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
+            *("--node-ip-address", "127.0.0.1", "--port", str(node.gcs_port)),
+            *("--include-dashboard", "true", "--dashboard-host", "127.0.0.1"),
+            *("--dashboard-port", str(node.dashboard_port)),
+            *("--dashboard-agent-listen-port", "0", "--ray-client-server-port", str(_free_port())),
+            *("--num-cpus", str(section.cpus or os.cpu_count() or 1)),
+            *("--object-store-memory", str(_OBJECT_STORE_BYTES)),
+            *("--temp-dir", node.folder, "--disable-usage-stats", "--include-log-monitor", "false"),
+        ]
+        result = subprocess.run(
+            command,
+            env={**os.environ, **node.environment()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for `up`, which then stops the node in order
+            check=False,
+        )
+        if result.returncode:
+            node.stop(home)
+            raise RayNodeError(
+                f"`ray start` failed with status {result.returncode}:\n{result.stdout[-3000:]}"
+            )
+        return node
+
+    @classmethod
+    def running(cls, home: Path) -> RayNode | None:
+        """The node that `up` started under `home`, if any of its processes is alive."""
+        try:
+            node = cls(**json.loads(_state_file(home).read_text()))
+        except FileNotFoundError:
+            return None
+        return node if processes_of(node.cluster_id) else None
+
+    def stop(self, home: Path, *, keep_logs: bool = False) -> int:
+        """End every process of the node; how many there were."""
+        processes = processes_of(self.cluster_id)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        ended = len(processes)
+        psutil.wait_procs(processes, timeout=_TERMINATE_S)
+        # What ignored the signal, is stopped, or was started meanwhile by something that was not dead yet.
+        while stubborn := processes_of(self.cluster_id):
+            for process in stubborn:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(stubborn, timeout=_TERMINATE_S)
+        if not keep_logs:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        _state_file(home).unlink(missing_ok=True)
+        return ended
+
+
+def processes_of(cluster_id: str) -> list[psutil.Process]:
+    """All processes with the cluster's id in their environment, but for the calling one."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if (
+                process.pid != os.getpid()
+                and process.status() != psutil.STATUS_ZOMBIE
+                and process.environ().get(_MARK) == cluster_id
+            ):
+                found.append(process)
+    return found
+
+
+def _haproxy_environment(folder: str) -> dict[str, str]:
+    """Files and ports of its own, so that several clusters can run on one machine."""
+    first_port = _free_range(_REPLICA_PORTS)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + _REPLICA_PORTS - 1),
+        # How long a stopping replica stays reachable for HAProxy, which drops it within a second.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    }
+
+
+def _state_file(home: Path) -> Path:
+    return home / "run" / "cluster.json"
+
+
+def _write_secret(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _free_range(ports: int) -> int:
+    """First of so many ports, below those that the kernel hands out, none of which is in use now."""
+    in_use = {connection.laddr.port for connection in psutil.net_connections("tcp") if connection.laddr}
+    starts = list(range(10_000, 30_000, ports))
+    random.shuffle(starts)
+    for start in starts:
+        if in_use.isdisjoint(range(start, start + ports)):
+            return start
+    raise RayNodeError(f"no {ports} successive free ports between 10000 and 30000")

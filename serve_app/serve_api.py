@@ -1,0 +1,123 @@
+"""The running Serve controller through Ray's documented REST API: what to run, and what runs.
+
+No Ray driver is needed, so the command line answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import httpx
+
+__all__ = ["Application", "Replica", "ServeApi", "ServeApiError"]
+
+_PATH = "/api/serve/applications/"
+
+
+class ServeApiError(Exception):
+    """The controller gave no answer, or refused what it was asked."""
+
+
+class Replica(NamedTuple):
+    replica_id: str
+    state: str
+    """STARTING, RUNNING, STOPPING, …: Serve's words."""
+    node_ip: str
+    pid: int | None
+
+
+class Application(NamedTuple):
+    name: str
+    status: str
+    """NOT_STARTED, DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED or DELETING."""
+    message: str
+    deployments: dict[str, list[Replica]]
+    messages: dict[str, str]
+    """Serve's words on each deployment, empty where there is nothing to say."""
+    wanted: dict[str, int]
+    """Replicas that each deployment should have."""
+
+    @property
+    def reasons(self) -> list[str]:
+        """What Serve says of the application and its deployments, without Python's tracebacks."""
+        messages = [_without_traceback(message) for message in (self.message, *self.messages.values())]
+        return [message for message in dict.fromkeys(messages) if message]
+
+
+class ServeApi:
+    def __init__(self, url: str, token: str) -> None:
+        """`url` of Ray's dashboard, on the loopback; `token` is Ray's."""
+        self._client = httpx.Client(
+            base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30.0, trust_env=False
+        )
+
+    def wait_until_up(self, limit_s: float) -> None:
+        """Raises ServeApiError when the API does not answer in time."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            try:
+                self.applications()
+            except ServeApiError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+            else:
+                return
+
+    def apply(self, config: dict[str, Any]) -> None:
+        """Make Serve run exactly the applications of `config`; it goes on after this returns."""
+        with self._errors():
+            self._client.put(_PATH, json=config).raise_for_status()
+
+    def applications(self) -> list[Application]:
+        with self._errors():
+            response = self._client.get(_PATH)
+            response.raise_for_status()
+            described = response.json()
+        return [_application(name, fields) for name, fields in described.get("applications", {}).items()]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPStatusError as error:
+            raise ServeApiError(f"Ray Serve refused: {error.response.text[-2000:]}") from error
+        except httpx.HTTPError as error:
+            raise ServeApiError(f"Ray Serve's REST API does not answer: {error!r}") from error
+
+
+def _without_traceback(message: str) -> str:
+    """`message` up to its first traceback, and what the last one says."""
+    head, *tracebacks = message.split("Traceback (most recent call last):")
+    if not tracebacks:
+        return head.strip()
+    lines = tracebacks[-1].splitlines()
+    last_frame = max((number for number, line in enumerate(lines) if line.startswith("  File ")), default=0)
+    told = [line for line in lines[last_frame + 1 :] if line and not line.startswith(" ")]
+    return "\n".join([head.strip(), *told]).strip()
+
+
+def _application(name: str, fields: dict[str, Any]) -> Application:
+    deployments = fields.get("deployments", {})
+    return Application(
+        name=name,
+        status=fields["status"],
+        message=fields.get("message", ""),
+        deployments={
+            deployment: [
+                Replica(
+                    replica["replica_id"], replica["state"], replica.get("node_ip") or "", replica.get("pid")
+                )
+                for replica in described.get("replicas", [])
+            ]
+            for deployment, described in deployments.items()
+        },
+        messages={deployment: described.get("message", "") for deployment, described in deployments.items()},
+        wanted={
+            deployment: described.get("target_num_replicas") or 0
+            for deployment, described in deployments.items()
+        },
+    )

@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from tiny_tokenizer import BEGIN_ID, save_tiny_tokenizer
+from tokenizers import Tokenizer, models
+
+from deployments.contracts import AdmissionRefused, AdmissionRequest, Admitted, KeyInfo, Settlement
+from deployments.meter.catalogue import MeteredModel
+from deployments.meter.errors import (
+    LedgerBusy,
+    LedgerUnavailable,
+    MeterBusy,
+    MeterClosed,
+    MeterError,
+    TokenizerUnavailable,
+    TokenOutOfVocabulary,
+)
+from deployments.meter.keys import KeyRing, key_digest
+from deployments.meter.ledger import Ledger
+from deployments.meter.meter import Meter
+from deployments.meter.reservations import Reservation, Reservations
+from deployments.meter.tokenizer import INLINE_SIZE
+from deployments.meter.worker_threads import WorkerThreads
+
+ADMIN = KeyInfo(key_id="admin", name="admin", admin=True)
+CONTEXT = 64
+
+
+def make_meter(folder: Path, *, reservations: Reservations | None = None) -> Meter:
+    return Meter(
+        Ledger(f"sqlite:///{folder}/ledger.db"),
+        KeyRing({key_digest("sk-ms-test"): ADMIN}),
+        reservations=reservations,
+    )
+
+
+@pytest.fixture
+async def meter(tmp_path: Path) -> AsyncIterator[Meter]:
+    meter = make_meter(tmp_path)
+    folder = save_tiny_tokenizer(tmp_path / "tiny")
+    meter.set_models(
+        [
+            MeteredModel("tiny", folder, max_model_len=CONTEXT),
+            MeteredModel("roomy", folder, max_model_len=10_000_000),
+        ]
+    )
+    yield meter
+    await meter.close()
+
+
+def ask(
+    *prompts: str | list[int],
+    model: str = "tiny",
+    max_tokens: int = 4,
+    choices: int = 1,
+    request_id: str = "cmpl-1",
+) -> AdmissionRequest:
+    return AdmissionRequest(
+        request_id=request_id,
+        key_id="admin",
+        model=model,
+        prompts=list(prompts),
+        max_tokens=max_tokens,
+        choices=choices,
+    )
+
+
+def settlement(request_id: str) -> Settlement:
+    return Settlement(
+        request_id=request_id,
+        key_id="admin",
+        model="tiny",
+        status="finished",
+        prompt_tokens=3,
+        cached_tokens=0,
+        completion_tokens=4,
+        choices=1,
+        resumes=0,
+        started_at=time.time(),
+        first_token_s=0.1,
+        total_s=0.2,
+    )
+
+
+async def admitted(meter: Meter, request: AdmissionRequest) -> list[list[int]]:
+    answer = await meter.admit(request)
+    assert isinstance(answer, Admitted), answer
+    return answer.token_ids
+
+
+async def refused(meter: Meter, request: AdmissionRequest) -> AdmissionRefused:
+    answer = await meter.admit(request)
+    assert isinstance(answer, AdmissionRefused), answer
+    assert meter.open_reservations == 0
+    return answer
+
+
+# --- tokenizing -------------------------------------------------------------------------------------------
+
+
+async def test_texts_and_token_ids_are_admitted_in_order(meter: Meter, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tiny" / "tokenizer.json"))
+    first, second, third = await admitted(meter, ask("the mill", [1, 2, 3], "grüße \x00 🌊"))
+    assert tokenizer.decode(first) == "the mill"
+    assert second == [1, 2, 3]
+    assert tokenizer.decode(third) == "grüße \x00 🌊"
+
+
+@pytest.mark.parametrize("size", [INLINE_SIZE, INLINE_SIZE + 1])
+async def test_short_and_long_texts_are_encoded_as_the_tokenizer_does(meter: Meter, tmp_path: Path, size: int) -> None:
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tiny" / "tokenizer.json"))
+    text = ("the mill turns, 7 times. " * size)[:size]
+    assert await admitted(meter, ask(text, model="roomy")) == [tokenizer.encode(text).ids]
+
+
+async def test_special_tokens_are_added_to_texts_only(meter: Meter, tmp_path: Path) -> None:
+    meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "begin", begin=True), CONTEXT)])
+    text, ids = await admitted(meter, ask("mill", [5, 6]))
+    assert text[0] == BEGIN_ID
+    assert text.count(BEGIN_ID) == 1
+    assert ids == [5, 6]
+    assert await admitted(meter, ask("")) == [[BEGIN_ID]]
+
+
+async def test_truncation_and_padding_in_the_file_are_ignored(meter: Meter, tmp_path: Path) -> None:
+    meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "cut", truncate_at=5), CONTEXT)])
+    short, long = await admitted(meter, ask("mill", "zyxwvuts"))
+    assert len(short) < 5 < len(long)
+
+
+async def test_an_added_token_beyond_a_gap_is_in_the_vocabulary(meter: Meter, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"mill": 0, "<far>": 400}, unk_token="mill"))
+    tokenizer.add_special_tokens(["<far>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    meter.set_models([MeteredModel("tiny", tmp_path, CONTEXT)])
+    assert await admitted(meter, ask([0, 400])) == [[0, 400]]
+    refusal = await meter.admit(ask([401]))
+    assert isinstance(refusal, AdmissionRefused)
+    assert "0 <= id < 401" in refusal.message
+
+
+async def test_a_long_prompt_neither_holds_the_event_loop_nor_delays_short_ones(meter: Meter) -> None:
+    await admitted(meter, ask("loads the tokenizer"))
+    started = time.perf_counter()
+    long = asyncio.create_task(admitted(meter, ask("zyxwvuts " * 60_000, model="roomy")))
+    worst_lag_s, last, finished_before = 0.0, started, 0
+    while not long.done():
+        await admitted(meter, ask("a short prompt"))
+        finished_before += 1
+        await asyncio.sleep(0)
+        now = time.perf_counter()
+        worst_lag_s, last = max(worst_lag_s, now - last), now
+    duration_s = last - started
+    [ids] = await long
+    assert len(ids) > 400_000
+    assert finished_before > 50
+    # A tokenizer that kept the GIL would show a lag of the whole duration; other processes cause some too.
+    assert worst_lag_s < duration_s / 5
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+async def test_an_unknown_model_is_refused(meter: Meter) -> None:
+    refusal = await refused(meter, ask("the mill", model="nowhere"))
+    assert (refusal.code, refusal.param) == ("model_not_found", "model")
+    assert "`nowhere`" in refusal.message
+
+
+@pytest.mark.parametrize("prompts", [("",), ([],), ("the mill", ""), ("the mill", [])])
+async def test_a_prompt_without_tokens_is_refused(meter: Meter, prompts: tuple[str | list[int], ...]) -> None:
+    refusal = await refused(meter, ask(*prompts))
+    assert (refusal.code, refusal.param) == ("empty_prompt", "prompt")
+
+
+@pytest.mark.parametrize("wrong", [-1, 10_000, 2**40])
+async def test_a_token_id_out_of_the_vocabulary_is_refused_and_named(meter: Meter, wrong: int) -> None:
+    refusal = await refused(meter, ask("the mill", [1, wrong, 2]))
+    assert (refusal.code, refusal.param) == ("token_out_of_vocabulary", "prompt")
+    assert f"Token id {wrong} " in refusal.message
+
+
+@pytest.mark.parametrize("prompt", ["z" * 60, [7] * 60])
+async def test_prompt_and_completion_may_fill_the_context_but_not_exceed_it(
+    meter: Meter, prompt: str | list[int]
+) -> None:
+    assert [len(ids) for ids in await admitted(meter, ask(prompt, max_tokens=4, request_id="fits"))] == [60]
+    await meter.settle([settlement("fits")])
+    refusal = await refused(meter, ask("the mill", prompt, max_tokens=5))
+    assert refusal == AdmissionRefused(
+        "context_length_exceeded",
+        "This model's maximum context length is 64 tokens. However, you requested 65 tokens "
+        "(60 in the prompt; 5 for the completion). Please reduce the prompt or max_tokens.",
+        param="prompt",
+    )
+
+
+@pytest.mark.parametrize("prompt", ["zzz", [7, 7, 7]])
+async def test_a_completion_longer_than_the_context_is_refused_with_the_prompts_true_length(
+    meter: Meter, prompt: str | list[int]
+) -> None:
+    refusal = await refused(meter, ask(prompt, max_tokens=10_000))
+    assert "requested 10003 tokens (3 in the prompt; 10000 for the completion)" in refusal.message
+
+
+# --- the catalogue ----------------------------------------------------------------------------------------
+
+
+async def test_the_catalogue_is_replaced_at_run_time(meter: Meter, tmp_path: Path) -> None:
+    await admitted(meter, ask("the mill", request_id="before"))
+    other = MeteredModel("other", save_tiny_tokenizer(tmp_path / "other", begin=True), CONTEXT)
+    longer = MeteredModel("tiny", tmp_path / "tiny", max_model_len=2 * CONTEXT)
+
+    meter.set_models([longer, other])
+    assert isinstance(await meter.admit(ask("the mill", model="roomy")), AdmissionRefused)
+    assert (await admitted(meter, ask("mill", model="other")))[0][0] == BEGIN_ID
+    await admitted(meter, ask("z" * 100))
+
+    meter.set_models([])
+    assert isinstance(await meter.admit(ask("the mill")), AdmissionRefused)
+    await meter.settle([settlement("before")])  # a request outlives its model
+
+
+async def test_a_request_that_began_under_the_old_catalogue_ends_under_it(meter: Meter) -> None:
+    running = asyncio.create_task(admitted(meter, ask("the mill " * 1000, model="roomy")))
+    await asyncio.sleep(0)
+    meter.set_models([])
+    assert len(await running) == 1
+
+
+async def test_an_unreadable_tokenizer_fails_its_own_model_until_it_is_repaired(meter: Meter, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    models = [MeteredModel("tiny", tmp_path / "tiny", CONTEXT), MeteredModel("broken", folder, CONTEXT)]
+    meter.set_models(models)
+    with pytest.raises(TokenizerUnavailable, match="broken"):
+        await meter.admit(ask("the mill", model="broken"))
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerUnavailable, match="broken"):
+        await meter.admit(ask("the mill", model="broken"))
+    await admitted(meter, ask("the mill"))
+
+    save_tiny_tokenizer(folder)
+    await asyncio.gather(*(admitted(meter, ask("the mill", model="broken")) for _ in range(5)))
+
+
+# --- reservations and settling ----------------------------------------------------------------------------
+
+
+async def test_a_reservation_lasts_from_admission_to_settlement(meter: Meter) -> None:
+    await admitted(meter, ask("the mill", request_id="one"))
+    await admitted(meter, ask("the mill", request_id="two"))
+    await admitted(meter, ask("the mill", request_id="two"))  # asked again after a lost answer
+    assert meter.open_reservations == 2
+    await meter.settle([settlement("one"), settlement("from-before-a-restart")])
+    assert meter.open_reservations == 1
+    await meter.settle([settlement("one"), settlement("two")])
+    assert meter.open_reservations == 0
+
+
+async def test_a_settlement_that_the_ledger_lost_keeps_its_reservation(tmp_path: Path) -> None:
+    meter = make_meter(tmp_path / "not-mounted")
+    meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "tiny"), CONTEXT)])
+    await admitted(meter, ask("the mill"))
+    with pytest.raises(LedgerUnavailable):
+        await meter.settle([settlement("cmpl-1")])
+    with pytest.raises(LedgerUnavailable):
+        await meter.check_reachable()
+    assert meter.open_reservations == 1
+    await meter.close()
+
+
+async def test_a_full_table_of_reservations_refuses_until_one_is_settled(tmp_path: Path) -> None:
+    meter = make_meter(tmp_path, reservations=Reservations(capacity=1))
+    meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path), CONTEXT)])
+    await admitted(meter, ask("the mill", request_id="one"))
+    with pytest.raises(MeterBusy, match="open reservations"):
+        await meter.admit(ask("the mill", request_id="two"))
+    await meter.settle([settlement("one")])
+    await admitted(meter, ask("the mill", request_id="two"))
+    await meter.close()
+
+
+def test_reservations_that_nobody_settles_end_after_their_lifetime() -> None:
+    now_s = 0.0
+    reservations = Reservations(capacity=2, lifetime_s=60.0, clock=lambda: now_s)
+    some = Reservation(key_id="admin", model="tiny", prompt_tokens=3, completion_tokens=4)
+    reservations.reserve("lost", some)
+    now_s = 30.0
+    reservations.reserve("renewed", some)
+    now_s = 59.0
+    with pytest.raises(MeterBusy):
+        reservations.reserve("next", some)
+    now_s = 60.0
+    reservations.reserve("next", some)
+    reservations.reserve("renewed", some)
+    now_s = 119.0
+    with pytest.raises(MeterBusy):
+        reservations.reserve("another", some)
+    assert len(reservations) == 2
+
+
+# --- the threads ------------------------------------------------------------------------------------------
+
+
+async def test_what_waits_for_a_thread_is_bounded_and_leaves_when_cancelled() -> None:
+    threads = WorkerThreads("test", threads=1, max_waiting=1)
+    release = threading.Event()
+    ran: list[str] = []
+
+    def call(name: str) -> Callable[[], None]:
+        return lambda: ran.append(name) if release.wait(10) else None
+
+    running = asyncio.create_task(threads.run(call("running")))
+    waiting = asyncio.create_task(threads.run(call("waiting")))
+    await asyncio.sleep(0)
+    with pytest.raises(MeterBusy):
+        await threads.run(call("refused"))
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    # A running call cannot be stopped: its thread is taken until it ends, whoever still waits for it.
+    running.cancel()
+    await asyncio.wait({running})
+    last = asyncio.create_task(threads.run(call("last")))
+    await asyncio.sleep(0)
+    with pytest.raises(MeterBusy):
+        await threads.run(call("refused"))
+    release.set()
+    await last
+    assert ran == ["running", "last"]
+    threads.close()
+    threads.close()
+    with pytest.raises(MeterClosed):
+        await threads.run(call("late"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MeterBusy("queue", 3),
+        LedgerBusy("queue", 3),
+        LedgerUnavailable("disk I/O error"),
+        MeterClosed("meter"),
+        TokenizerUnavailable(Path("/models/m"), "no such file"),
+        TokenOutOfVocabulary(5, 4),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_cross_a_process_boundary_whole(error: MeterError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert (str(copy), vars(copy)) == (str(error), vars(error))
