@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 import structlog
 
@@ -11,16 +10,14 @@ __all__ = ["configure_logging"]
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """For a replica's process: Ray collects its standard error into the replica's log file."""
+    """For a replica's process: the lines go into the replica's log file of Ray Serve, which adds time and level."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: logging.getLogger("ray.serve"),
         cache_logger_on_first_use=True,
     )

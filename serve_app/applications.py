@@ -42,6 +42,8 @@ _INGRESS_TARGET_STREAMS = 256
 """Serve adds an ingress replica when each has so many requests under way."""
 _UNLIMITED = 1_000_000
 """Calls to an engine replica or the meter are short or, as step streams, one per ingress; both bound their own work."""
+_LOGGING = {"enable_access_log": False}
+"""The ingress logs one line per request itself, with tokens and times."""
 _RESUME_TIMEOUT_S = 180.0
 _SHUTDOWN_MARGIN_S = 10.0
 
@@ -150,6 +152,7 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
             {
                 "name": GATEWAY,
                 "route_prefix": "/",
+                "logging_config": _LOGGING,
                 "import_path": f"{__name__}:build_gateway",
                 "args": gateway.model_dump(),
                 "deployments": [
@@ -194,10 +197,7 @@ def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
         "ray_actor_options": options,
     }
     engine = model.engine
-    if (
-        isinstance(engine, VllmEngineConfig)
-        and engine.tensor_parallel_size * engine.pipeline_parallel_size > 1
-    ):
+    if isinstance(engine, VllmEngineConfig) and engine.tensor_parallel_size * engine.pipeline_parallel_size > 1:
         # vLLM's workers are children of the replica on CPU and its own actors on GPUs; either way they need room.
         workers = engine.tensor_parallel_size * engine.pipeline_parallel_size
         if resources.gpus:
@@ -211,6 +211,7 @@ def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
     return {
         "name": application_name(model.name),
         "route_prefix": None,
+        "logging_config": _LOGGING,
         "import_path": f"{__name__}:build_model",
         "args": ModelArguments(home=str(home), model=arguments).model_dump(),
         "deployments": [deployment],

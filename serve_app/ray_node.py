@@ -72,10 +72,15 @@ class RayNode:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_file,
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # that mode would hold back a thousand lines of log
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray renames its processes; without this the new title overwrites the environment that `stop` reads.
             "SPT_NOENV": "1",
-            **(_haproxy_environment(self.folder) if self.proxy == "haproxy" else {}),
+            **(
+                _haproxy_environment(self.folder)
+                if self.proxy == "haproxy"
+                else {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}  # on by default in that mode: no proxy at all
+            ),
         }
 
     # --- in the order in which they happen ------------------------------------------------------------------------
@@ -123,19 +128,21 @@ class RayNode:
         )
         if result.returncode:
             node.stop(home)
-            raise RayNodeError(
-                f"`ray start` failed with status {result.returncode}:\n{result.stdout[-3000:]}"
-            )
+            raise RayNodeError(f"`ray start` failed with status {result.returncode}:\n{result.stdout[-3000:]}")
         return node
 
     @classmethod
     def running(cls, home: Path) -> RayNode | None:
         """The node that `up` started under `home`, if any of its processes is alive."""
+        node = cls._recorded(home)
+        return node if node is not None and processes_of(node.cluster_id) else None
+
+    @classmethod
+    def _recorded(cls, home: Path) -> RayNode | None:
         try:
-            node = cls(**json.loads(_state_file(home).read_text()))
+            return cls(**json.loads(_state_file(home).read_text()))
         except FileNotFoundError:
             return None
-        return node if processes_of(node.cluster_id) else None
 
     def stop(self, home: Path, *, keep_logs: bool = False) -> int:
         """End every process of the node; how many there were."""
@@ -153,7 +160,8 @@ class RayNode:
             psutil.wait_procs(stubborn, timeout=_TERMINATE_S)
         if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
-        _state_file(home).unlink(missing_ok=True)
+        if (recorded := self._recorded(home)) is not None and recorded.cluster_id == self.cluster_id:
+            _state_file(home).unlink()
         return ended
 
 

@@ -108,16 +108,11 @@ def _application(name: str, fields: dict[str, Any]) -> Application:
         message=fields.get("message", ""),
         deployments={
             deployment: [
-                Replica(
-                    replica["replica_id"], replica["state"], replica.get("node_ip") or "", replica.get("pid")
-                )
+                Replica(replica["replica_id"], replica["state"], replica.get("node_ip") or "", replica.get("pid"))
                 for replica in described.get("replicas", [])
             ]
             for deployment, described in deployments.items()
         },
         messages={deployment: described.get("message", "") for deployment, described in deployments.items()},
-        wanted={
-            deployment: described.get("target_num_replicas") or 0
-            for deployment, described in deployments.items()
-        },
+        wanted={deployment: described.get("target_num_replicas") or 0 for deployment, described in deployments.items()},
     )

@@ -72,9 +72,7 @@ class EngineDeployment:
     async def __init__(self, model: dict[str, object], home: str) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging()
         config = ModelConfig.model_validate(model)
-        folder = await asyncio.to_thread(
-            prepare_model, config.source, Path(home), report=log.info
-        )
+        folder = await asyncio.to_thread(prepare_model, config.source, Path(home), report=log.info)
         engine = build_engine(config, folder)
         await engine.start()
         self._replica = EngineReplica(engine)
@@ -89,8 +87,8 @@ class EngineDeployment:
     async def abort(self, stream_id: str, generations: list[int], *, target: str) -> None:
         self._replica.abort(stream_id, generations)
 
-    async def load(self) -> bytes:
-        """Packed `EngineLoad`; broadcast by `millstream status`, and by the ingress to learn of the replicas."""
+    async def load(self, *, target: str) -> bytes:
+        """Packed `EngineLoad`."""
         return pack(self._replica.load())
 
     async def check_health(self) -> None:

@@ -69,9 +69,7 @@ class EngineReplica:
         self._submitted = 0
 
     def load(self) -> EngineLoad:
-        return msgspec.structs.replace(
-            self._engine.load(), finished_per_s=self._drain_rate.read(time.monotonic())
-        )
+        return msgspec.structs.replace(self._engine.load(), finished_per_s=self._drain_rate.read(time.monotonic()))
 
     async def steps(self, stream_id: str) -> AsyncIterator[bytes]:
         """Open the step stream `stream_id` and yield packed `EngineStep` messages until the caller goes away."""
@@ -110,15 +108,11 @@ class EngineReplica:
             if finish_reason is not None:
                 stream.keys.pop(generation, None)
                 self._drain_rate.count()
-            stream.outbox.push(
-                generation, token_ids, finish_reason, cached_tokens=cached_tokens, message=message
-            )
+            stream.outbox.push(generation, token_ids, finish_reason, cached_tokens=cached_tokens, message=message)
 
         stream.keys[generation] = key
         try:
-            self._engine.submit(
-                key, submission.token_ids, submission.sampling, deliver, resumed=submission.resumed
-            )
+            self._engine.submit(key, submission.token_ids, submission.sampling, deliver, resumed=submission.resumed)
         except EngineQueueFull:
             del stream.keys[generation]
             return "queue_full"

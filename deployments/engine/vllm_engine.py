@@ -79,9 +79,7 @@ class VllmEngine:
         )
         gauge = KvCacheGauge()
         # Loads weights and waits for child processes; the event loop must go on answering Serve meanwhile.
-        self._engine = await asyncio.to_thread(
-            AsyncLLMEngine.from_engine_args, arguments, stat_loggers=[gauge.logger]
-        )
+        self._engine = await asyncio.to_thread(AsyncLLMEngine.from_engine_args, arguments, stat_loggers=[gauge.logger])
         self._kv = gauge
         self.max_model_len = self._engine.model_config.max_model_len
 
@@ -121,9 +119,7 @@ class VllmEngine:
             async with asyncio.timeout(self._stall_timeout_s):
                 await self._engine.is_sleeping()
         except TimeoutError:
-            raise EngineUnhealthy(
-                f"vLLM's engine core gave no answer for {self._stall_timeout_s:g} s"
-            ) from None
+            raise EngineUnhealthy(f"vLLM's engine core gave no answer for {self._stall_timeout_s:g} s") from None
 
     async def shutdown(self) -> None:
         for key in list(self._tasks):

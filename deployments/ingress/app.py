@@ -1,16 +1,14 @@
 """The HTTP surface: routes, authentication, request ids, and every error in OpenAI's shape."""
 
-from __future__ import annotations
-
-import re
+# No `from __future__ import annotations`: FastAPI resolves the annotations of the routes at run time, and cannot see
+# names that are local to `build_app`.
 from dataclasses import dataclass
 from typing import Annotated, Any
-from uuid import uuid4
 
 import structlog
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,9 +47,7 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
     async def caller(request: Request) -> KeyInfo:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise InvalidApiKey(
-                "You didn't provide an API key. Send it in the header 'Authorization: Bearer KEY'."
-            )
+            raise InvalidApiKey("You didn't provide an API key. Send it in the header 'Authorization: Bearer KEY'.")
         return await meter.authenticate(key.strip())
 
     Caller = Annotated[KeyInfo, Depends(caller)]
@@ -116,9 +112,7 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
             response.headers.update(error.headers or {})
             return response
         return _error_response(
-            RouteNotFound(
-                f"Unknown request URL: {request.method} {path}. Completions are at POST /v1/completions."
-            )
+            RouteNotFound(f"Unknown request URL: {request.method} {path}. Completions are at POST /v1/completions.")
         )
 
     return _RequestIds(_Unexpected(app))
@@ -157,9 +151,8 @@ def _error_response(error: ApiError) -> Response:
 
 
 class _RequestIds:
-    """Every answer carries x-request-id: the caller's, if it sent a valid one. It is bound to all log lines."""
-
-    _VALID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+    """Binds the request id to all log lines of the request. Ray Serve makes it, or takes the caller's x-request-id,
+    and puts it on every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -168,17 +161,8 @@ class _RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = Headers(scope=scope).get("x-request-id", "")
-        if not self._VALID.fullmatch(request_id):
-            request_id = uuid4().hex
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(raw=message["headers"])["x-request-id"] = request_id
-            await send(message)
-
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            await self._app(scope, receive, send_with_id)
+        with structlog.contextvars.bound_contextvars(request_id=Headers(scope=scope).get("x-request-id", "")):
+            await self._app(scope, receive, send)
 
 
 class _Unexpected:

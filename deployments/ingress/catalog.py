@@ -91,11 +91,7 @@ class Catalog:
         async with self._refreshing:
             self._applications = await self._list_applications()
             self.known = True
-            wanted = {
-                name: entry
-                for name, entry in self._entries.items()
-                if entry.application in self._applications
-            }
+            wanted = {name: entry for name, entry in self._entries.items() if entry.application in self._applications}
             for name in self._served.keys() - wanted.keys():
                 log.info("model removed", model=name)
                 # Its streams run on until they end or the pool's drain limit has passed.

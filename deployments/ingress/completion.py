@@ -37,9 +37,7 @@ class ChoiceDelta(NamedTuple):
 
 
 class Completion:
-    def __init__(
-        self, request: CompletionRequest, model: ServedModel, key: KeyInfo, meter: MeterClient
-    ) -> None:
+    def __init__(self, request: CompletionRequest, model: ServedModel, key: KeyInfo, meter: MeterClient) -> None:
         self.id = f"cmpl-{uuid4().hex}"
         """Ours, not the caller's: it is the primary key of the ledger."""
         self.created = int(time.time())
@@ -80,9 +78,7 @@ class Completion:
         for prompt in self._prompts:
             for number in range(request.choices):
                 choice = len(self._generations)
-                self._generations.append(
-                    Generation(self.id, choice, prompt, request.sampling(number), self._mailbox)
-                )
+                self._generations.append(Generation(self.id, choice, prompt, request.sampling(number), self._mailbox))
                 self._texts.append(
                     TextStream(
                         self.model.tokenizer,
@@ -141,10 +137,7 @@ class Completion:
             prompt_tokens=sum(map(len, self._prompts)),
             completion_tokens=sum(self._used),
             cached_tokens=sum(
-                max(
-                    generation.cached_tokens
-                    for generation in self._generations[first : first + self.request.choices]
-                )
+                max(generation.cached_tokens for generation in self._generations[first : first + self.request.choices])
                 for first in range(0, len(self._generations), self.request.choices)
             ),
         )

@@ -31,9 +31,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
             return [value]
         if kinds == {list} and all(prompt and set(map(type, prompt)) == {int} for prompt in value):
             return value
-    raise ValueError(
-        "expected a string, or a non-empty array of strings, of token ids, or of arrays of token ids"
-    )
+    raise ValueError("expected a string, or a non-empty array of strings, of token ids, or of arrays of token ids")
 
 
 def _stops(value: Any) -> tuple[str, ...]:

@@ -37,9 +37,7 @@ class CompletionResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         completion = self._completion
-        status: SettlementStatus = (
-            "cancelled"  # also when Serve cancels the request because the client is gone
-        )
+        status: SettlementStatus = "cancelled"  # also when Serve cancels the request because the client is gone
         try:
             async with _watched(completion, receive):
                 completion.start()

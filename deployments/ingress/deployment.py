@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from deployments.engine.router import unwatch_replicas, watch_replicas
+from deployments.engine.replica_directory import unwatch_replicas, watch_replicas
 from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.catalog import Catalog, CatalogEntry
 from deployments.ingress.engine_pool import EnginePool

@@ -66,9 +66,7 @@ class Mailbox:
 class Generation:
     """The state that survives a replica."""
 
-    def __init__(
-        self, request_id: str, choice: int, prompt: list[int], sampling: Sampling, mailbox: Mailbox
-    ) -> None:
+    def __init__(self, request_id: str, choice: int, prompt: list[int], sampling: Sampling, mailbox: Mailbox) -> None:
         self.request_id = request_id
         self.choice = choice
         self.prompt = prompt

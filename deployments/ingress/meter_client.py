@@ -157,9 +157,7 @@ class MeterClient:
                     async with asyncio.timeout(_CALL_LIMIT_S):
                         await self._transport.settle(pack(batch))
                 except (MeterUnreachable, TimeoutError) as error:
-                    log.warning(
-                        "settlements not taken, will retry", count=len(self._outbox), reason=repr(error)
-                    )
+                    log.warning("settlements not taken, will retry", count=len(self._outbox), reason=repr(error))
                     await asyncio.sleep(retry_s)
                     retry_s = min(2 * retry_s, _RETRY_MAX_S)
                     continue

@@ -215,9 +215,7 @@ class ReplicaStream:
     def _lose(self, reason: str) -> None:
         if self.live:
             self.live = False
-            log.info(
-                "replica out of rotation", replica=self._name, reason=reason, moving=len(self.generations)
-            )
+            log.info("replica out of rotation", replica=self._name, reason=reason, moving=len(self.generations))
         self.load = EngineLoad()
         self._unreported = 0
         self._emptied.set()

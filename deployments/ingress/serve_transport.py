@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.contracts import SubmissionStatus
 from deployments.engine.engine import EngineError
-from deployments.engine.router import ReplicaGone
+from deployments.engine.replica_directory import ReplicaGone
 from deployments.ingress.meter_client import MeterUnreachable
 from deployments.ingress.replica_stream import ReplicaLost
 from deployments.meter.errors import MeterError
@@ -96,13 +96,7 @@ async def listed_applications() -> frozenset[str]:
 
 async def open_pool(application: str, deployment: str) -> DeploymentHandle[Any]:
     """A handle to a pool, with its router running, so that `watch_replicas` hears of the replicas."""
-    handle: DeploymentHandle[Any] = await asyncio.to_thread(
-        serve.get_deployment_handle, deployment, application
-    )
-    try:
-        # A handle starts its router with the first call; a broadcast reaches all replicas, or none without waiting.
-        async with asyncio.timeout(5.0):
-            await handle.broadcast("load").results_async()
-    except (*_UNREACHABLE, TimeoutError):
-        pass  # no replica yet: the router runs all the same
+    handle: DeploymentHandle[Any] = await asyncio.to_thread(serve.get_deployment_handle, deployment, application)
+    # A handle starts its router with the first call; this one goes to nobody.
+    handle.load.remote(target="").cancel()
     return handle

@@ -40,9 +40,7 @@ class ChunkTemplate:
 
     def __init__(self, completion_id: str, created: int, model: str, *, usage_follows: bool) -> None:
         """`usage_follows`: the stream ends with a usage chunk, so all others say `"usage":null`."""
-        head = _to_json(
-            {"id": completion_id, "object": "text_completion", "created": created, "model": model}
-        )
+        head = _to_json({"id": completion_id, "object": "text_completion", "created": created, "model": model})
         self._head = b"data: " + head[:-1] + b',"choices":['
         self._index = self._head + b'{"index":'
         self._tail = b'}],"usage":null}\n\n' if usage_follows else b"}]}\n\n"

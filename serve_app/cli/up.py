@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -37,9 +40,7 @@ def up(
     file: Annotated[Path, typer.Argument(help="The cluster.yaml to run.")] = Path("cluster.yaml"),
     detach: Annotated[bool, typer.Option("--detach", help="Return once the cluster answers.")] = False,
     port: Annotated[int | None, typer.Option(help="Listen here instead of cluster.http.port.")] = None,
-    timeout: Annotated[
-        float, typer.Option(help="Give up when the cluster is not up after so many seconds.")
-    ] = 900.0,
+    timeout: Annotated[float, typer.Option(help="Give up when the cluster is not up after so many seconds.")] = 900.0,
 ) -> None:
     """Start the cluster that FILE describes, or change the running one to it.
 
@@ -63,19 +64,20 @@ def up(
     try:
         key = ensure_admin_key(home)
         folders = {model.name: prepare_model(model.source, home, report=_say) for model in config.models}
-        node = RayNode.running(home)
-        if node is None:
-            _say("starting Ray …")
-            started = True
-            node = RayNode.start(config, home)
-        else:
-            _say(f"changing the running cluster {node.name} …")
-            _check_unchanged(node, config)
-        api = ServeApi(node.dashboard_url, node.token)
-        api.wait_until_up(_API_LIMIT_S)
-        api.apply(serve_config(config, home, folders))
-        _await_running(api, config, stopping, time.monotonic() + timeout)
-        _await_ready(config, stopping, time.monotonic() + _API_LIMIT_S)
+        with _alone(home):
+            node = RayNode.running(home)
+            if node is None:
+                _say("starting Ray …")
+                started = True
+                node = RayNode.start(config, home)
+            else:
+                _say(f"changing the running cluster {node.name} …")
+                _check_unchanged(node, config)
+            api = ServeApi(node.dashboard_url, node.token)
+            api.wait_until_up(_API_LIMIT_S)
+            api.apply(serve_config(config, home, folders))
+            _await_running(api, config, stopping, time.monotonic() + timeout)
+            _await_ready(config, stopping, time.monotonic() + _API_LIMIT_S)
     except (AdminKeyError, ModelSourceError, RayNodeError, ServeApiError, StartError) as error:
         typer.echo(f"The cluster did not start: {error}", err=True)
         if node is not None:
@@ -95,6 +97,18 @@ def up(
             typer.echo("The cluster was stopped.", err=True)
             return
     _stop(node, home)
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Holds off a second `up` under the same home. Raises StartError when there is one."""
+    (home / "run").mkdir(exist_ok=True)
+    with (home / "run" / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(f"another `millstream up` is at work under {home}; wait for it or end it") from None
+        yield
 
 
 def _with_port(config: ClusterConfig, port: int) -> ClusterConfig:
