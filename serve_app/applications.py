@@ -25,6 +25,7 @@ from serve_app.config import ClusterConfig, ModelConfig, VllmEngineConfig
 
 __all__ = [
     "GATEWAY",
+    "ROOT",
     "GatewayArguments",
     "ModelArguments",
     "application_name",

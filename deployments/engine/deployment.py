@@ -6,7 +6,8 @@ Every call names its replica by the keyword `target`, which TargetedRouter (rout
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,10 @@ class EngineDeployment:
         await engine.start()
         self._replica = EngineReplica(engine)
 
-    async def steps(self, stream_id: str, *, target: str) -> AsyncIterator[bytes]:
-        async for step in self._replica.steps(stream_id):
-            yield step
+    async def steps(self, stream_id: str, *, target: str) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._replica.steps(stream_id)) as steps:
+            async for step in steps:
+                yield step
 
     async def submit(self, stream_id: str, submissions: bytes, *, target: str) -> list[str]:
         return list(self._replica.submit(stream_id, unpack(submissions, list[Submission])))

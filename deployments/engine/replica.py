@@ -8,7 +8,8 @@ behind. The receiving side is deployments/ingress/replica_stream.py.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import msgspec
@@ -71,15 +72,16 @@ class EngineReplica:
     def load(self) -> EngineLoad:
         return msgspec.structs.replace(self._engine.load(), finished_per_s=self._drain_rate.read(time.monotonic()))
 
-    async def steps(self, stream_id: str) -> AsyncIterator[bytes]:
+    async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
         """Open the step stream `stream_id` and yield packed `EngineStep` messages until the caller goes away."""
         await self._engine.check_health()
         stream = _Stream(StepOutbox(self.load))
         self._streams[stream_id] = stream
         log.info("step stream opened", stream=stream_id)
         try:
-            async for step in stream.outbox.steps():
-                yield pack(step)
+            async with aclosing(stream.outbox.steps()) as steps:
+                async for step in steps:
+                    yield pack(step)
         finally:
             del self._streams[stream_id]
             for key in stream.keys.values():

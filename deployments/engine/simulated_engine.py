@@ -11,11 +11,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
+
 from deployments.contracts import EngineLoad, Sampling
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
 from deployments.engine.simulator import Simulator, SimulatorSettings
 
 __all__ = ["SimulatedEngine", "vocabulary_of"]
+
+log = structlog.get_logger()
 
 
 def vocabulary_of(folder: Path) -> tuple[int, int]:
@@ -36,7 +40,7 @@ class SimulatedEngine:
     ) -> None:
         self.max_model_len = max_model_len
         self.on_death: Callable[[], None] = lambda: None
-        self._max_waiting = max_waiting
+        self._max_generations = settings.max_num_seqs + max_waiting
         self._start_up_s = start_up_s
         self._simulator = Simulator(settings)
         self._deliver: dict[str, Deliver] = {}
@@ -46,11 +50,12 @@ class SimulatedEngine:
     async def start(self) -> None:
         await asyncio.sleep(self._start_up_s)
         self._loop_task = asyncio.create_task(self._run(), name="simulated-engine")
+        self._loop_task.add_done_callback(self._loop_ended)
 
     def submit(
         self, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver, *, resumed: bool = False
     ) -> None:
-        if self._simulator.waiting >= self._max_waiting and not resumed:
+        if len(self._deliver) >= self._max_generations and not resumed:
             raise EngineQueueFull(f"{self._simulator.waiting} generations wait already")
         if not self._simulator.fits(len(token_ids), sampling.max_tokens):
             deliver([], "failed", message="needs more KV blocks than the engine has")
@@ -74,6 +79,11 @@ class SimulatedEngine:
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.wait([self._loop_task])
+
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.error("simulated engine died", exc_info=task.exception())
+            self.on_death()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

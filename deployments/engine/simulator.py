@@ -155,7 +155,7 @@ class Simulator:
         sequence.state = _mix(sequence.state, token)
         sequence.generated += 1
         finish_reason: FinishReason | None = None
-        if token in sequence.sampling.stop_token_ids and sequence.generated >= sequence.sampling.min_tokens:
+        if token in sequence.sampling.stop_token_ids and sequence.generated > sequence.sampling.min_tokens:
             finish_reason = "stop_token"
         elif sequence.generated >= sequence.sampling.max_tokens:
             finish_reason = "length"

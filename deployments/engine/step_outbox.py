@@ -7,7 +7,7 @@ fixed batching interval, since either would make tokens arrive in bunches. Free 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from deployments.contracts import EngineLoad, EngineStep, FinishReason, TokenDelta
 
@@ -40,7 +40,10 @@ class StepOutbox:
         cached_tokens: int = 0,
         message: str = "",
     ) -> None:
-        """Add what `generation` gained, behind what has not been pulled yet."""
+        """Add what `generation` gained, behind what has not been pulled yet. Ignored once closed: else an engine that
+        goes on could keep the stream from ending."""
+        if self._closed:
+            return
         waiting = self._deltas.get(generation)
         if waiting is not None:
             token_ids = waiting.token_ids + token_ids
@@ -57,7 +60,7 @@ class StepOutbox:
         self._closed = True
         self._news.set()
 
-    async def steps(self) -> AsyncIterator[EngineStep]:
+    async def steps(self) -> AsyncGenerator[EngineStep, None]:
         """The messages, each made when the receiver asks for it; the first comes at once and only tells the load."""
         yield self._take()
         while not self._closed or self._deltas:

@@ -46,9 +46,10 @@ class VllmEngine:
     def __init__(self, settings: VllmSettings, *, max_waiting: int, stall_timeout_s: float) -> None:
         self.max_model_len = settings.max_model_len or 0
         self._settings = settings
-        self._max_waiting = max_waiting
+        self._max_generations = settings.max_num_seqs + max_waiting
         self._stall_timeout_s = stall_timeout_s
         self.on_death: Callable[[], None] = lambda: None
+        self._death_told = False
         self._engine: Any = None
         self._kv: Any = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -86,7 +87,7 @@ class VllmEngine:
     def submit(
         self, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver, *, resumed: bool = False
     ) -> None:
-        if len(self._prefill_tokens) >= self._max_waiting and not resumed:
+        if len(self._tasks) >= self._max_generations and not resumed:
             raise EngineQueueFull(f"{len(self._prefill_tokens)} generations wait already")
         self._prefill_tokens[key] = len(token_ids)
         task = asyncio.create_task(self._generate(key, token_ids, sampling, deliver), name=f"generate-{key}")
@@ -120,13 +121,23 @@ class VllmEngine:
                 await self._engine.is_sleeping()
         except TimeoutError:
             raise EngineUnhealthy(f"vLLM's engine core gave no answer for {self._stall_timeout_s:g} s") from None
+        except Exception as error:  # it died after the look at `errored`
+            raise EngineUnhealthy("vLLM's engine core has died") from error
 
     async def shutdown(self) -> None:
+        aborted = list(self._tasks.values())
         for key in list(self._tasks):
             self.abort(key)
+        if aborted:  # each sends its abort before the engine goes away beneath it
+            await asyncio.wait(aborted, timeout=1.0)
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await asyncio.to_thread(engine.shutdown)
+
+    def _tell_death(self) -> None:
+        if not self._death_told:  # every generation notices it
+            self._death_told = True
+            self.on_death()
 
     async def _generate(self, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver) -> None:
         from vllm import SamplingParams
@@ -166,7 +177,7 @@ class VllmEngine:
                 )
         except Exception as error:
             if not self._engine or self._engine.errored:
-                self.on_death()  # not this generation failed but the whole engine: it resumes on another replica
+                self._tell_death()  # not this generation failed but the whole engine: it resumes on another replica
                 return
             log.exception("generation failed", generation=key)
             if not finished:

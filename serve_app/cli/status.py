@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.meter.keys import ensure_admin_key
+from serve_app.applications import ROOT
 from serve_app.config import millstream_home
 from serve_app.ray_node import RayNode
 from serve_app.serve_api import ServeApi, ServeApiError
@@ -58,6 +59,7 @@ def status(
                         ],
                     }
                     for deployment, replicas in application.deployments.items()
+                    if deployment != ROOT
                 ],
             }
             for application in applications
@@ -87,28 +89,25 @@ def _loads(node: RayNode, key: str) -> dict[str, dict[str, Any]]:
 
 
 def _show(described: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"cluster {described['cluster']} at {described['url']}")
-    table = Table(box=None, pad_edge=False)
-    for column in ("application", "status", "deployment", "replica", "state", "node", "load"):
-        table.add_column(column)
     for application in described["applications"]:
-        for deployment in application["deployments"]:
-            for replica in deployment["replicas"] or [{"id": "-", "state": "-", "node": "-", "load": None}]:
-                load = replica["load"]
-                table.add_row(
-                    application["name"],
-                    application["status"],
-                    f"{deployment['name']} ({deployment['wanted']} wanted)",
-                    replica["id"],
-                    replica["state"],
-                    replica["node"],
-                    "" if load is None else _load(load),
-                )
-    console.print(table)
-    for application in described["applications"]:
+        console.print(f"\n{application['name']}  {application['status']}")
         for message in application["messages"]:
-            console.print(f"{application['name']}: {message}", markup=False)
+            console.print(f"  {message}", markup=False)
+        table = Table(box=None, show_header=False, padding=(0, 1))
+        for deployment in application["deployments"]:
+            running = sum(replica["state"] == "RUNNING" for replica in deployment["replicas"])
+            summary = f"{running}/{deployment['wanted']} replicas"
+            for number, replica in enumerate(deployment["replicas"] or [None]):
+                name, count = ("", "") if number else (deployment["name"], summary)
+                if replica is None:
+                    table.add_row("", name, count)
+                else:
+                    load = replica["load"]
+                    told = "" if load is None else _load(load)
+                    table.add_row("", name, count, replica["id"], replica["state"], replica["node"], told)
+        console.print(table)
 
 
 def _load(load: dict[str, Any]) -> str:

