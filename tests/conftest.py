@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,17 +79,17 @@ class RunningCluster:
         """Wait until exactly so many replicas take requests."""
 
         async def counted() -> bool:
-            return sum(load["in_rotation"] for load in await self.loads(model)) == replicas
+            return sum(bool(load["in_rotation"]) for load in await self.loads(model)) == replicas
 
         await eventually(counted, limit_s)
 
 
-async def eventually(condition: Any, limit_s: float, every_s: float = 0.05) -> float:
+async def eventually(condition: Callable[[], Awaitable[bool]], limit_s: float, every_s: float = 0.05) -> float:
     """Poll an awaitable condition of a process that cannot be awaited; how long it took, in seconds."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
     async with asyncio.timeout(limit_s):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110  # another process: there is no event to wait for
             await asyncio.sleep(every_s)
     return loop.time() - begun
 

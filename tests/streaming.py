@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-__all__ = ["Streamed", "StreamFailed", "complete", "stream"]
+__all__ = ["StreamFailed", "Streamed", "complete", "stream"]
 
 
 class Streamed(NamedTuple):
@@ -61,6 +61,4 @@ async def complete(client: httpx.AsyncClient, **body: Any) -> Streamed:
         raise StreamFailed(f"{response.status_code} {response.text}")
     answer = response.json()
     choice = answer["choices"][0]
-    return Streamed(
-        choice["text"], choice["finish_reason"], answer["usage"]["completion_tokens"], answer["id"]
-    )
+    return Streamed(choice["text"], choice["finish_reason"], answer["usage"]["completion_tokens"], answer["id"])

@@ -130,6 +130,7 @@ class EngineReplica:
             if key is not None:
                 self._engine.abort(key)
             stream.outbox.forget(generation)
+        stream.outbox.touch()
 
     async def check_health(self) -> None:
         """Raise EngineUnhealthy when the engine is dead or hung; its generations then resume on other replicas."""

@@ -26,18 +26,21 @@ class TargetedRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        target = pending_request.kwargs.get("target") if pending_request is not None else None
-        for replica in candidate_replicas:
-            if replica.replica_id.unique_id == target:
-                # Serve probes replicas whose queue length it does not know, which would cost a round trip every
-                # few seconds; the length of the queue is the pool's business, not Serve's.
-                self.replica_queue_len_cache.update(replica.replica_id, 0)
-                return [[replica]]
-        # Serve would ask again for ever, in a tight loop that starves the calling process. Failing the call and then
-        # naming any replica ends the routing.
+        # Answers the call here instead of returning a ranking. Given one, Serve looks the call up by its internal
+        # request id, which all calls made for one HTTP request share: of two at once it answers one and goes round for
+        # the other for ever, in a tight loop that starves the calling process. So would an empty ranking. Serve would
+        # also probe replicas whose queue length it does not know, at the cost of a round trip every few seconds.
         if pending_request is not None and not pending_request.future.done():
-            pending_request.future.set_exception(replica_directory.ReplicaGone(f"replica {target} is not in the pool"))
-        return [candidate_replicas[:1]]
+            target = pending_request.kwargs.get("target")
+            for replica in candidate_replicas:
+                if replica.replica_id.unique_id == target:
+                    pending_request.future.set_result(replica)
+                    break
+            else:
+                gone = replica_directory.ReplicaGone(f"replica {target} is not in the pool")
+                pending_request.future.set_exception(gone)
+            self._remove_pending_request_from_indices(pending_request)  # as Serve does when it answers a call
+        return [candidate_replicas[:1]]  # not looked at, since the call is answered
 
     def update_replicas(self, replicas: list[RunningReplica]) -> Any:
         result = super().update_replicas(replicas)

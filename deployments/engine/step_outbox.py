@@ -55,6 +55,10 @@ class StepOutbox:
         """Drop what an aborted generation left behind."""
         self._deltas.pop(generation, None)
 
+    def touch(self) -> None:
+        """Send a message soon even without news of a generation: the load has changed."""
+        self._news.set()
+
     def close(self) -> None:
         """End the stream after what has been pushed is pulled."""
         self._closed = True

@@ -99,7 +99,10 @@ class Catalog:
             for name, entry in wanted.items():
                 served = self._served.get(name)
                 if served is None or served.entry != entry:
-                    self._served[name] = await self._serve(entry, served)
+                    try:
+                        self._served[name] = await self._serve(entry, served)
+                    except Exception as error:  # tried again at the next refresh; the other models go on
+                        log.error("model not served", model=name, reason=repr(error))
 
     async def _serve(self, entry: CatalogEntry, served: ServedModel | None) -> ServedModel:
         """`entry` as a served model; keeps the pool, and with it the streams, of the one served before."""

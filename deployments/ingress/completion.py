@@ -6,6 +6,7 @@ what the request used, by `app.py`'s handlers.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Literal, NamedTuple
 from uuid import uuid4
@@ -15,7 +16,7 @@ import structlog
 from deployments.contracts import AdmissionRequest, KeyInfo, Settlement, SettlementStatus
 from deployments.ingress.catalog import ServedModel
 from deployments.ingress.completion_request import CompletionRequest
-from deployments.ingress.errors import InternalError
+from deployments.ingress.errors import InternalError, InvalidRequest
 from deployments.ingress.generation import Generation, Mailbox
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.text_stream import TextStream
@@ -60,16 +61,23 @@ class Completion:
     async def admit(self) -> None:
         """Tokenize, check and reserve. Raises ApiError; nothing has to be settled then."""
         request = self.request
-        admitted = await self._meter.admit(
-            AdmissionRequest(
-                request_id=self.id,
-                key_id=self._key.key_id,
-                model=request.model,
-                prompts=request.prompt,
-                max_tokens=request.max_completion_tokens,
-                choices=request.choices,
+        for token_id in request.stop_token_ids or ():
+            if self.model.tokenizer.id_to_token(token_id) is None:
+                raise InvalidRequest(f"Token id {token_id} is out of vocabulary.", param="stop_token_ids")
+        try:
+            admitted = await self._meter.admit(
+                AdmissionRequest(
+                    request_id=self.id,
+                    key_id=self._key.key_id,
+                    model=request.model,
+                    prompts=request.prompt,
+                    max_tokens=request.max_completion_tokens,
+                    choices=request.choices,
+                )
             )
-        )
+        except asyncio.CancelledError:  # the client is gone, and the meter may have reserved for it
+            self.settle("cancelled")
+            raise
         self._prompts = admitted.token_ids
 
     def start(self) -> None:

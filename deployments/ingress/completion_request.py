@@ -17,6 +17,10 @@ __all__ = ["CompletionRequest", "StreamOptions", "parse_completion_request"]
 
 _MAX_GENERATIONS = 1024
 """Prompts times n of one request."""
+_INT32_MAX = 2**31 - 1
+"""What engines keep in 32 bits. Larger ones would not even fit the messages of contracts.py."""
+
+TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -28,10 +32,17 @@ def _prompts(value: Any) -> list[str | list[int]]:
         if kinds == {str}:
             return value
         if kinds == {int}:
-            return [value]
+            return _in_range([value])
         if kinds == {list} and all(prompt and set(map(type, prompt)) == {int} for prompt in value):
-            return value
+            return _in_range(value)
     raise ValueError("expected a string, or a non-empty array of strings, of token ids, or of arrays of token ids")
+
+
+def _in_range(prompts: list[list[int]]) -> Any:
+    """Whether the model knows them is for the meter to say."""
+    if any(min(prompt) < -_INT32_MAX or max(prompt) > _INT32_MAX for prompt in prompts):
+        raise ValueError("expected token ids of the model")
+    return prompts
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -53,7 +64,7 @@ class StreamOptions(_Body):
 class CompletionRequest(_Body):
     model: str
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
-    max_tokens: int | None = Field(default=16, ge=1)
+    max_tokens: int | None = Field(default=16, ge=1, le=_INT32_MAX)
     temperature: float | None = Field(default=1.0, ge=0, le=2)
     top_p: float | None = Field(default=1.0, gt=0, le=1)
     n: int | None = Field(default=1, ge=1, le=128)
@@ -66,11 +77,11 @@ class CompletionRequest(_Body):
     echo: bool | None = False
     user: str | None = None
     # vLLM's extras
-    top_k: int | None = Field(default=0, ge=-1)
+    top_k: int | None = Field(default=0, ge=-1, le=_INT32_MAX)
     min_p: float | None = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float | None = Field(default=1.0, gt=0, le=2)
     min_tokens: int | None = Field(default=0, ge=0)
-    stop_token_ids: list[int] | None = Field(default=None, max_length=128)
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False
@@ -86,8 +97,11 @@ class CompletionRequest(_Body):
         return self.max_tokens or 16
 
     def sampling(self, choice: int) -> Sampling:
-        """For the `choice`-th of a prompt's n: each samples with a seed of its own, counted up as in vLLM."""
-        seed = self.seed
+        """For the `choice`-th of a prompt's n: each samples with a seed of its own, counted up as in vLLM.
+
+        After the largest seed comes the smallest.
+        """
+        seed = None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
         return Sampling(
             max_tokens=self.max_completion_tokens,
             min_tokens=self.min_tokens or 0,
@@ -98,7 +112,7 @@ class CompletionRequest(_Body):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            seed=seed if seed is None else seed + choice,
+            seed=seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
         )
@@ -142,7 +156,7 @@ def _explained(error: pydantic_core.ErrorDetails) -> InvalidRequest:
     param = ".".join(str(part) for part in error["loc"])
     if kind == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {context['error']}.")
-    if not param:
+    if not error["loc"]:
         return InvalidRequest("The body must be a JSON object.")
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
@@ -150,6 +164,8 @@ def _explained(error: pydantic_core.ErrorDetails) -> InvalidRequest:
         return InvalidRequest(f"Unrecognized request argument supplied: {param}.", param=param)
     if kind == "value_error":
         expected = str(context["error"])
+    elif kind == "too_long":
+        expected = f"expected an array of at most {context['max_length']}"
     elif kind in _KINDS:
         expected = f"expected {_KINDS[kind]}"
     else:

@@ -83,7 +83,7 @@ class CompletionResponse(Response):
         completion = self._completion
         options = completion.request.stream_options
         usage_follows = options is not None and options.include_usage
-        continuous = options is not None and options.continuous_usage_stats
+        continuous = usage_follows and options is not None and options.continuous_usage_stats  # as in vLLM
         template = ChunkTemplate(
             completion.id, completion.created, completion.request.model, usage_follows=usage_follows
         )

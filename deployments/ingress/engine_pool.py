@@ -50,7 +50,7 @@ class PoolLimits:
     drain_timeout_s: float
     """How long a leaving replica may finish what it has."""
     max_held: int
-    """Generations that wait for a replica, at most."""
+    """New generations that wait for a replica, at most. Those that lost theirs were let in before and do not count."""
 
 
 class EnginePool:
@@ -69,6 +69,7 @@ class EnginePool:
         self._connect = connect
         self._ingress_id = ingress_id
         self._streams: dict[str, ReplicaStream] = {}
+        self._listed: frozenset[str] = frozenset()
         self._became_live = asyncio.Event()
         self._held = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -93,19 +94,13 @@ class EnginePool:
 
     def replicas_changed(self, replica_ids: frozenset[str]) -> None:
         """Follow the pool: open a stream to each new replica, drain those that leave."""
+        self._listed = replica_ids
         for replica_id in replica_ids - self._streams.keys():
-            stream = ReplicaStream(
-                replica_id,
-                self._connect(replica_id),
-                name=f"{self._ingress_id}/{self.model}/{replica_id}",
-                on_live=self._on_live,
-                on_lost=self._on_lost,
-            )
-            self._streams[replica_id] = stream
-            self._own(stream.run(), f"stream-{stream.replica_id}")
+            self._open(replica_id)
         for replica_id in self._streams.keys() - replica_ids:
             stream = self._streams[replica_id]
             if not stream.draining:
+                stream.draining = True  # now, not when the task runs: the next change may come before
                 self._own(self._drain(stream), f"drain-{replica_id}")
 
     def start(self, generations: list[Generation]) -> None:
@@ -136,6 +131,17 @@ class EnginePool:
 
     # --- internals ---------------------------------------------------------------------------------------------------
 
+    def _open(self, replica_id: str) -> None:
+        stream = ReplicaStream(
+            replica_id,
+            self._connect(replica_id),
+            name=f"{self._ingress_id}/{self.model}/{replica_id}",
+            on_live=self._on_live,
+            on_lost=self._on_lost,
+        )
+        self._streams[replica_id] = stream
+        self._own(stream.run(), f"stream-{replica_id}")
+
     def _on_live(self) -> None:
         self._became_live.set()
         self._became_live = asyncio.Event()
@@ -163,7 +169,8 @@ class EnginePool:
                 self._fail(generations, self._overloaded(live))
                 return
             if not candidates:
-                if not await self._wait_for_replica(len(generations), deadline):
+                new = sum(not generation.resumes for generation in generations)
+                if not await self._wait_for_replica(new, deadline):
                     self._fail(generations, self._not_ready())
                     return
                 continue
@@ -183,10 +190,10 @@ class EnginePool:
                     full.add(stream)
                     generations += unplaced
 
-    async def _wait_for_replica(self, generations: int, deadline: float) -> bool:
-        if self._held + generations > self.limits.max_held:
+    async def _wait_for_replica(self, new: int, deadline: float) -> bool:
+        if new and self._held + new > self.limits.max_held:
             return False
-        self._held += generations
+        self._held += new
         try:
             async with asyncio.timeout_at(deadline):
                 await self._became_live.wait()
@@ -195,11 +202,13 @@ class EnginePool:
         else:
             return True
         finally:
-            self._held -= generations
+            self._held -= new
 
     async def _drain(self, stream: ReplicaStream) -> None:
         await stream.drain(self.limits.drain_timeout_s)
         del self._streams[stream.replica_id]
+        if stream.replica_id in self._listed:  # again, since the drain began
+            self._open(stream.replica_id)
 
     def _fail(self, generations: list[Generation], error: Overloaded | ModelNotReady) -> None:
         for generation in generations:

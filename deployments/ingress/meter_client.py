@@ -156,7 +156,7 @@ class MeterClient:
                 try:
                     async with asyncio.timeout(_CALL_LIMIT_S):
                         await self._transport.settle(pack(batch))
-                except (MeterUnreachable, TimeoutError) as error:
+                except Exception as error:  # whatever it is: without this task nothing would ever be settled again
                     log.warning("settlements not taken, will retry", count=len(self._outbox), reason=repr(error))
                     await asyncio.sleep(retry_s)
                     retry_s = min(2 * retry_s, _RETRY_MAX_S)

@@ -15,6 +15,7 @@ from typing import Protocol
 import structlog
 
 from deployments.contracts import EngineLoad, EngineStep, SubmissionStatus, pack, unpack
+from deployments.ingress.errors import InternalError
 from deployments.ingress.generation import Generation, Placement
 
 __all__ = ["SILENCE_LIMIT_S", "ReplicaLost", "ReplicaStream", "ReplicaTransport"]
@@ -69,6 +70,10 @@ class ReplicaStream:
         self._connections = 0
         self._numbers = 0
         self._unreported = 0
+        self._submitting: set[int] = set()
+        """Generations on their way to the replica: an abort that overtook them would find nothing there."""
+        self._aborted_early: set[int] = set()
+        """Those of them that nobody wants any more; `submit` aborts them once the replica has them."""
         self._retry_s = _RETRY_FIRST_S
         self._on_live = on_live
         self._on_lost = on_lost
@@ -99,13 +104,16 @@ class ReplicaStream:
         finally:
             if self._reader is not None:
                 self._reader.cancel()
+                await asyncio.wait([self._reader])
 
     async def submit(self, generations: list[Generation]) -> list[Generation]:
         """Send generations to the replica; their tokens come through `Generation.deliver`.
 
         Returns those that the replica refused because its queue is full. Those that are lost with the stream while
-        the call is under way go to `on_lost` as all others on it do.
+        the call is under way go to `on_lost` as all others on it do. A call that fails for any other reason fails
+        its own generations and leaves the others alone.
         """
+        connection = self._connections
         numbered: dict[int, Generation] = {}
         for generation in generations:
             self._numbers += 1
@@ -113,16 +121,32 @@ class ReplicaStream:
             numbered[self._numbers] = generation
         self.generations |= numbered
         self._unreported += len(numbered)
-        payload = pack([generation.submission(number) for number, generation in numbered.items()])
+        self._submitting |= numbered.keys()
+        statuses: list[SubmissionStatus] | None = None
         try:
+            payload = pack([generation.submission(number) for number, generation in numbered.items()])
             async with asyncio.timeout(_SUBMIT_LIMIT_S):
                 statuses = await self._transport.submit(self._stream_id, payload)
         except (ReplicaLost, TimeoutError) as error:
-            self._break(f"submission failed: {error!r}")
+            self._break(f"submission failed: {error!r}", connection)
+            return []
+        except Exception:
+            log.exception("submission failed", replica=self._name)
+        finally:
+            self._submitting -= numbered.keys()
+            aborted = self._aborted_early & numbered.keys()
+            self._aborted_early -= aborted
+        if statuses is None or len(statuses) != len(numbered):
+            for number, generation in numbered.items():
+                if self._take(number):
+                    generation.fail(InternalError())
+            await self._send_abort(list(numbered))
             return []
         if "stream_unknown" in statuses:
-            self._break("the replica does not know this stream")
+            self._break("the replica does not know this stream", connection)
             return []
+        if aborted:
+            await self._send_abort(list(aborted))
         return [
             generation
             for (number, generation), status in zip(numbered.items(), statuses, strict=True)
@@ -131,15 +155,10 @@ class ReplicaStream:
 
     async def abort(self, numbers: list[int]) -> None:
         """Stop generations: nothing of them arrives any more, and the replica frees what they hold."""
-        numbers = [number for number in numbers if self._take(number)]
-        if not numbers:
-            return
-        try:
-            async with asyncio.timeout(_SUBMIT_LIMIT_S):
-                await self._transport.abort(self._stream_id, numbers)
-        except (ReplicaLost, TimeoutError) as error:
-            # The generations end with the stream, which is broken now if it was not before.
-            self._break(f"abort failed: {error!r}")
+        taken = {number for number in numbers if self._take(number)}
+        self._aborted_early |= taken & self._submitting
+        if taken - self._submitting:
+            await self._send_abort(list(taken - self._submitting))
 
     def check_silence(self, now: float) -> None:
         """Give the replica up when nothing was heard of it for SILENCE_LIMIT_S; `now` in event-loop time."""
@@ -163,6 +182,15 @@ class ReplicaStream:
     @property
     def _stream_id(self) -> str:
         return f"{self._name}#{self._connections}"
+
+    async def _send_abort(self, numbers: list[int]) -> None:
+        connection = self._connections
+        try:
+            async with asyncio.timeout(_SUBMIT_LIMIT_S):
+                await self._transport.abort(self._stream_id, numbers)
+        except (ReplicaLost, TimeoutError) as error:
+            # The generations end with the stream, which is broken now if it was not before.
+            self._break(f"abort failed: {error!r}", connection)
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
@@ -206,8 +234,13 @@ class ReplicaStream:
             self._emptied.set()
         return taken
 
-    def _break(self, reason: str) -> None:
-        """Give the stream up; `run` opens it again if the replica is to stay."""
+    def _break(self, reason: str, connection: int | None = None) -> None:
+        """Give the stream up; `run` opens it again if the replica is to stay.
+
+        A call that was made over an earlier `connection` says nothing about the present one.
+        """
+        if connection is not None and connection != self._connections:
+            return
         self._lose(reason)
         if self._reader is not None:
             self._reader.cancel()

@@ -22,7 +22,7 @@ TOKENS = 400
 
 def _prompts(seed: int) -> list[str]:
     source = random.Random(seed)
-    words = "river stone light engine cloud paper winter bridge signal garden".split()
+    words = ["river", "stone", "light", "engine", "cloud", "paper", "winter", "bridge", "signal", "garden"]
     return [" ".join(source.choices(words, k=source.randint(3, 60))) for _ in range(STREAMS)]
 
 
@@ -41,7 +41,7 @@ async def _busiest(cluster: RunningCluster, model: str) -> str:
         nonlocal busiest
         loads = await cluster.loads(model)
         busiest = max(loads, key=lambda load: load["running"])["id"]
-        return sum(load["running"] for load in loads) >= STREAMS
+        return sum(int(load["running"]) for load in loads) >= STREAMS
 
     await eventually(all_run, 20.0, every_s=0.01)
     return busiest

@@ -47,7 +47,7 @@ def complete(prompt: list[int], *, max_tokens: int = 8, seed: int | None = None,
     return [output.token_id for output in outputs_of(run(engine), "a")]
 
 
-# --- which tokens ------------------------------------------------------------------------------------------------
+# --- which tokens -------------------------------------------------------------------------------------------------
 
 
 @given(prompts, st.none() | st.integers(-5, 1 << 64))
@@ -188,7 +188,7 @@ def test_prefill_can_cost_no_time() -> None:
     assert [step.duration_s for step in run(engine)] == [0.01]
 
 
-# --- KV blocks and the prefix cache ---------------------------------------------------------------------------------
+# --- KV blocks and the prefix cache -------------------------------------------------------------------------------
 
 
 def cached_tokens(engine: Simulator, prompt: list[int], max_tokens: int = 2) -> int:

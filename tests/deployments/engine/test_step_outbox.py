@@ -155,6 +155,14 @@ async def test_what_an_aborted_generation_left_is_dropped() -> None:
         assert (await anext(steps)).deltas == [TokenDelta(2, [20])]
 
 
+async def test_a_change_of_the_load_can_be_told_without_news_of_a_generation() -> None:
+    loads = iter(EngineLoad(running=number) for number in range(100))
+    outbox = StepOutbox(lambda: next(loads), heartbeat_s=NEVER_S)
+    async with aclosing(await opened(outbox)) as steps:
+        outbox.touch()
+        assert await anext(steps) == EngineStep(1, EngineLoad(running=1), [])
+
+
 async def test_a_receiver_that_never_pulls_costs_one_delta_per_generation() -> None:
     outbox = idle_outbox()
     async with aclosing(await opened(outbox)) as steps:

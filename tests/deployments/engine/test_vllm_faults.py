@@ -1,0 +1,95 @@
+"""What becomes of VllmEngine when the process of vLLM's engine core hangs or dies. In the order of the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deployments.engine.engine import EngineUnhealthy
+from deployments.engine.vllm_engine import VllmEngine
+from tests.deployments.engine.engines_under_test import (
+    PROMPT,
+    VLLM_MARKS,
+    Receiver,
+    collect_what_vllm_left,
+    complete,
+    greedy,
+    vllm_engine,
+)
+
+pytestmark = VLLM_MARKS
+
+
+@pytest.fixture(scope="module")
+async def engine(smollm2: Path) -> AsyncIterator[VllmEngine]:
+    engine = vllm_engine(smollm2, stall_timeout_s=5.0)
+    await engine.start()
+    yield engine
+    await engine.shutdown()
+    assert engine_cores() == []
+    await collect_what_vllm_left()
+
+
+def engine_cores() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+
+
+async def test_an_engine_core_that_hangs_is_unhealthy_until_it_goes_on(engine: VllmEngine) -> None:
+    (core,) = engine_cores()
+    await engine.check_health()
+    core.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(EngineUnhealthy, match="no answer for 5 s"):
+            await engine.check_health()
+    finally:
+        core.send_signal(signal.SIGCONT)
+    await engine.check_health()
+    assert (await complete(engine, "after", PROMPT, greedy(3))).finishes == ["length"]
+
+
+async def test_a_hanging_core_does_not_keep_a_generation_from_being_aborted(engine: VllmEngine) -> None:
+    (core,) = engine_cores()
+    receiver = Receiver()
+    engine.submit("a", PROMPT, greedy(400), receiver)
+    await receiver.until_tokens(2)
+    core.send_signal(signal.SIGSTOP)
+    try:
+        engine.abort("a")
+        assert engine.load().running == engine.load().waiting == 0
+        seen = len(receiver.tokens)
+    finally:
+        core.send_signal(signal.SIGCONT)
+    await complete(engine, "after", PROMPT, greedy(3))
+    assert len(receiver.tokens) == seen
+
+
+async def test_the_death_of_the_engine_core_is_told_once_and_ends_no_generation(
+    engine: VllmEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are not failed: the owner resumes them on other replicas."""
+    died: asyncio.Queue[None] = asyncio.Queue()
+    engine.on_death = lambda: died.put_nowait(None)
+    receivers = [Receiver() for _ in range(3)]
+    for number, receiver in enumerate(receivers):
+        engine.submit(str(number), [*PROMPT, number], greedy(400), receiver)
+    for receiver in receivers:
+        await receiver.until_tokens(2)
+    (core,) = engine_cores()
+    workers = core.children(recursive=True)
+    core.kill()
+    async with asyncio.timeout(10):
+        await died.get()
+    with pytest.raises(EngineUnhealthy, match="died"):
+        await engine.check_health()
+    await engine.shutdown()
+    assert died.empty()
+    assert [receiver.finishes for receiver in receivers] == [[], [], []]
+    assert engine.load().running == engine.load().waiting == 0
+    _, left = await asyncio.to_thread(psutil.wait_procs, workers, 20)
+    assert left == []
+    caplog.clear()  # the records hold the dead engine by their tracebacks

@@ -1,0 +1,86 @@
+"""The meter in memory: knows keys and tokenizers, keeps what it is told, and can be away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from hashlib import sha256
+
+from tokenizers import Tokenizer
+
+from deployments.contracts import (
+    AdmissionRefused,
+    AdmissionRequest,
+    Admitted,
+    KeyInfo,
+    Settlement,
+    pack,
+    unpack,
+)
+
+__all__ = ["ADMIN_KEY", "USER_KEY", "MemoryMeter"]
+
+USER_KEY, ADMIN_KEY = "sk-user", "sk-admin"
+
+
+class MemoryMeter:
+    """A MeterTransport."""
+
+    def __init__(self, tokenizers: dict[str, Tokenizer] | None = None, *, max_model_len: int = 2048) -> None:
+        self.keys: dict[bytes, KeyInfo] = {}
+        self.grant(USER_KEY, KeyInfo("key-user", "user", admin=False))
+        self.grant(ADMIN_KEY, KeyInfo("key-admin", "admin", admin=True))
+        self.error: Exception | None = None
+        """Raised by every call."""
+        self.answering = asyncio.Event()
+        """Calls wait for it."""
+        self.answering.set()
+        self.calls: list[str] = []
+        self.admissions: list[AdmissionRequest] = []
+        self.batches: list[list[Settlement]] = []
+        """As `settle` got them, those whose answer was lost included."""
+        self.answer: Callable[[AdmissionRequest], Admitted | AdmissionRefused] = self._tokenized
+        self._tokenizers = tokenizers or {}
+        self._max_model_len = max_model_len
+
+    @property
+    def settlements(self) -> list[Settlement]:
+        return [settlement for batch in self.batches for settlement in batch]
+
+    def grant(self, key: str, info: KeyInfo) -> None:
+        self.keys[sha256(key.encode()).digest()] = info
+
+    def revoke(self, key: str) -> None:
+        del self.keys[sha256(key.encode()).digest()]
+
+    async def authenticate(self, digest: bytes) -> bytes:
+        await self._call("authenticate")
+        info = self.keys.get(digest)
+        return b"" if info is None else pack(info)
+
+    async def admit(self, request: bytes) -> bytes:
+        self.admissions.append(unpack(request, AdmissionRequest))
+        await self._call("admit")
+        return pack(self.answer(self.admissions[-1]))
+
+    async def settle(self, settlements: bytes) -> None:
+        self.batches.append(unpack(settlements, list[Settlement]))
+        await self._call("settle")
+
+    async def ping(self) -> None:
+        await self._call("ping")
+
+    async def _call(self, method: str) -> None:
+        self.calls.append(method)
+        await self.answering.wait()
+        if self.error is not None:
+            raise self.error
+
+    def _tokenized(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
+        tokenizer = self._tokenizers[request.model]
+        prompts = [p if isinstance(p, list) else tokenizer.encode(p).ids for p in request.prompts]
+        longest = max(map(len, prompts)) + request.max_tokens
+        if longest > self._max_model_len:
+            message = f"maximum context length is {self._max_model_len}, you requested {longest}"
+            return AdmissionRefused("context_length_exceeded", message, param="prompt")
+        return Admitted(prompts)

@@ -1,0 +1,186 @@
+"""Catalog: models come and go with the applications, and what is served stays served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from letter_tokenizer import save_letter_tokenizer
+from memory_replicas import LIMITS, ScriptedReplica
+from virtual_time import in_virtual_time, quiet
+
+from deployments.ingress.catalog import Catalog, CatalogEntry
+from deployments.ingress.engine_pool import EnginePool
+from deployments.ingress.errors import ModelNotFound
+from deployments.ingress.replica_stream import SILENCE_LIMIT_S
+
+
+class Serve:
+    """What the catalog sees of Ray Serve."""
+
+    def __init__(self, *applications: str) -> None:
+        self.applications = frozenset(applications)
+        self.error: Exception | None = None
+        self.pools: dict[str, list[EnginePool]] = {}
+        self.replica = ScriptedReplica()
+
+    async def list_applications(self) -> frozenset[str]:
+        if self.error is not None:
+            raise self.error
+        return self.applications
+
+    async def open_pool(self, entry: CatalogEntry) -> EnginePool:
+        pool = EnginePool(entry.name, lambda _replica: self.replica, ingress_id="i", limits=entry.limits)
+        pool.replicas_changed(frozenset({"r0"}))
+        self.pools.setdefault(entry.name, []).append(pool)
+        return pool
+
+
+@asynccontextmanager
+async def following(serve: Serve) -> AsyncIterator[Catalog]:
+    catalog = Catalog(serve.list_applications, serve.open_pool)
+    await catalog.start()
+    try:
+        yield catalog
+    finally:
+        await catalog.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_letter_tokenizer(tmp_path / "model")
+
+
+def entry(name: str, folder: Path, *, max_model_len: int = 64) -> CatalogEntry:
+    return CatalogEntry(
+        name=name, application=f"model-{name}", folder=folder, max_model_len=max_model_len, limits=LIMITS
+    )
+
+
+def served(catalog: Catalog) -> list[str]:
+    return [model.entry.name for model in catalog.models()]
+
+
+@in_virtual_time
+async def test_a_model_is_served_while_it_is_listed_and_its_application_exists(folder: Path) -> None:
+    serve = Serve("gateway", "model-a", "model-c")
+    async with following(serve) as catalog:
+        assert not catalog.known
+        await catalog.replace([entry("b", folder), entry("a", folder)])
+        assert catalog.known
+        assert served(catalog) == ["a"]
+
+        serve.applications |= {"model-b"}
+        await asyncio.sleep(1.1)
+        assert served(catalog) == ["a", "b"]
+        assert catalog.find("b").tokenizer.encode("ab").ids == [2, 3]
+
+        serve.applications -= {"model-a"}
+        await asyncio.sleep(1.1)
+        assert served(catalog) == ["b"]
+        with pytest.raises(ModelNotFound) as unknown:
+            catalog.find("a")
+        assert unknown.value.param == "model"
+
+        await catalog.replace([])
+        assert served(catalog) == []
+
+
+@in_virtual_time
+async def test_streams_of_a_removed_model_are_closed_and_it_gets_new_ones_when_it_returns(folder: Path) -> None:
+    serve = Serve("model-a")
+    async with following(serve) as catalog:
+        await catalog.replace([entry("a", folder)])
+        await quiet()
+        serve.applications = frozenset()
+        await asyncio.sleep(1.1)
+        [pool] = serve.pools["a"]
+        assert pool.cards() == []
+        serve.applications = frozenset({"model-a"})
+        await asyncio.sleep(1.1)
+        assert len(serve.pools["a"]) == 2
+        assert catalog.find("a").pool.ready
+
+
+@in_virtual_time
+async def test_a_changed_model_keeps_its_pool_and_its_age(folder: Path) -> None:
+    serve = Serve("model-a")
+    async with following(serve) as catalog:
+        await catalog.replace([entry("a", folder)])
+        before = catalog.find("a")
+        limits = replace(LIMITS, hold_timeout_s=1.0)
+        changed = entry("a", folder, max_model_len=32).model_copy(update={"limits": limits})
+        await catalog.replace([changed])
+        after = catalog.find("a")
+        assert after.entry == changed
+        assert (after.pool, after.created) == (before.pool, before.created)
+        assert after.pool.limits == limits
+        assert len(serve.pools["a"]) == 1
+
+
+@in_virtual_time
+async def test_nothing_happens_to_models_that_stay_as_they_are(folder: Path) -> None:
+    serve = Serve("model-a", "model-b")
+    async with following(serve) as catalog:
+        await catalog.replace([entry("a", folder)])
+        before = catalog.find("a")
+        await catalog.replace([entry("a", folder), entry("b", folder)])
+        await asyncio.sleep(5)
+        assert catalog.find("a") is before
+
+
+@in_virtual_time
+async def test_while_the_applications_cannot_be_listed_what_is_served_stays(folder: Path) -> None:
+    serve = Serve("model-a")
+    async with following(serve) as catalog:
+        await catalog.replace([entry("a", folder)])
+        serve.error = RuntimeError("no controller")
+        await asyncio.sleep(30)
+        assert served(catalog) == ["a"]
+        serve.error = None
+        serve.applications = frozenset()
+        await asyncio.sleep(1.1)
+        assert served(catalog) == []
+
+
+@in_virtual_time
+async def test_a_model_whose_files_are_broken_keeps_no_other_from_being_served(folder: Path, tmp_path: Path) -> None:
+    serve = Serve("model-a", "model-b")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tokenizer.json").write_text("{}")
+    async with following(serve) as catalog:
+        await catalog.replace([entry("a", broken), entry("b", folder)])
+        assert served(catalog) == ["b"]
+        (broken / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        await asyncio.sleep(1.1)
+        assert served(catalog) == ["a", "b"]
+
+
+@in_virtual_time
+async def test_replicas_that_fall_silent_are_given_up(folder: Path) -> None:
+    serve = Serve("model-a")
+    async with following(serve) as catalog:
+        await catalog.replace([entry("a", folder)])
+        await quiet()
+        pool = catalog.find("a").pool
+        assert pool.ready
+        serve.replica.greeting = False
+        await asyncio.sleep(SILENCE_LIMIT_S - 0.1)
+        assert pool.ready
+        await asyncio.sleep(0.5)
+        assert not pool.ready
+
+
+@in_virtual_time
+async def test_close_is_safe_before_start_and_twice() -> None:
+    catalog = Catalog(Serve().list_applications, Serve().open_pool)
+    await catalog.close()
+    await catalog.start()
+    await catalog.close()
+    await catalog.close()
+    assert catalog.models() == []

@@ -1,0 +1,285 @@
+"""ReplicaStream over a scripted replica: when it counts as live, when as lost, and what is believed of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from memory_replicas import ScriptedReplica
+from virtual_time import in_virtual_time, quiet
+
+from deployments.contracts import EngineLoad, Sampling, TokenDelta
+from deployments.engine.step_outbox import HEARTBEAT_S
+from deployments.ingress.generation import Generation, Mailbox
+from deployments.ingress.replica_stream import SILENCE_LIMIT_S, ReplicaLost, ReplicaStream
+
+
+class Owner:
+    """What the pool is to a stream."""
+
+    def __init__(self, replica: ScriptedReplica) -> None:
+        self.times_live = 0
+        self.lost: list[Generation] = []
+        self.stream = ReplicaStream("r0", replica, name="i/m/r0", on_live=self._on_live, on_lost=self.lost.extend)
+
+    def _on_live(self) -> None:
+        self.times_live += 1
+
+
+@asynccontextmanager
+async def running(replica: ScriptedReplica) -> AsyncIterator[Owner]:
+    owner = Owner(replica)
+    task = asyncio.create_task(owner.stream.run())
+    await quiet()
+    try:
+        yield owner
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def generation() -> Generation:
+    return Generation("req", 0, [1, 2], Sampling(max_tokens=5), Mailbox())
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def test_heartbeats_come_often_enough_for_one_to_be_lost() -> None:
+    assert 2 * HEARTBEAT_S < SILENCE_LIMIT_S
+
+
+@in_virtual_time
+async def test_a_replica_is_live_from_its_first_message_on() -> None:
+    replica = ScriptedReplica()
+    replica.greeting = False
+    async with running(replica) as owner:
+        assert not owner.stream.live
+        replica.tell(load=EngineLoad(running=3))
+        await quiet()
+        assert (owner.stream.live, owner.times_live, owner.stream.sequences) == (True, 1, 3)
+
+
+@in_virtual_time
+async def test_a_stream_without_a_first_message_is_opened_anew() -> None:
+    replica = ScriptedReplica()
+    replica.greeting = False
+    async with running(replica) as owner:
+        await asyncio.sleep(SILENCE_LIMIT_S + 0.3)
+        assert replica.opened == ["i/m/r0#1", "i/m/r0#2"]
+        assert not owner.stream.live
+
+
+@in_virtual_time
+async def test_attempts_grow_rarer_and_a_success_makes_them_frequent_again() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        async with asyncio.timeout(10):
+            while len(replica.opened) < 10:
+                replica.end_stream()
+                await asyncio.sleep(0.11)  # each was live: the next attempt follows at once
+        replica.greeting = False
+        replica.end_stream()
+        begin, opened = now(), len(replica.opened)
+        while now() - begin < 100:
+            await asyncio.sleep(0.5)
+            replica.end_stream()
+        assert 20 < len(replica.opened) - opened < 35  # every 4 s
+        assert not owner.stream.live
+
+
+@in_virtual_time
+async def test_silence_is_measured_from_the_last_message() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        stream = owner.stream
+        await asyncio.sleep(2.0)
+        replica.tell()
+        await quiet()
+        assert stream.last_heard == pytest.approx(2.0, abs=1e-3)
+        stream.check_silence(stream.last_heard + SILENCE_LIMIT_S)
+        assert stream.live
+        stream.check_silence(stream.last_heard + SILENCE_LIMIT_S + 0.01)
+        assert not stream.live
+        await asyncio.sleep(0.2)
+        assert (stream.live, owner.times_live, len(replica.opened)) == (True, 2, 2)
+
+
+@in_virtual_time
+async def test_a_stream_that_is_not_live_is_not_given_up_for_silence() -> None:
+    replica = ScriptedReplica()
+    replica.greeting = False
+    async with running(replica) as owner:
+        owner.stream.check_silence(now() + 100)
+        await quiet()
+        assert len(replica.opened) == 1
+        replica.tell()
+        await quiet()
+        assert owner.stream.live
+
+
+@in_virtual_time
+async def test_what_a_lost_replica_reported_is_forgotten() -> None:
+    replica = ScriptedReplica()
+    replica.load = EngineLoad(running=7)
+    async with running(replica) as owner:
+        replica.greeting = False
+        replica.end_stream()
+        await quiet()
+        assert (owner.stream.load, owner.stream.sequences) == (EngineLoad(), 0)
+
+
+@in_virtual_time
+async def test_messages_of_an_old_connection_are_ignored() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        moved = generation()
+        await owner.stream.submit([moved])
+        replica.tell(TokenDelta(1, [5], None))
+        await quiet()
+        replica.tell(TokenDelta(1, [6], None))  # on its way when the stream is given up
+        owner.stream.check_silence(now() + 10)
+        assert owner.lost == [moved]
+        await asyncio.sleep(0.2)
+        assert owner.stream.live
+        replica.tell(TokenDelta(1, [6], None), stream=0)
+        replica.tell(TokenDelta(1, [6], "length"), stream=1)
+        await quiet()
+        assert moved.tokens == [5]
+        assert not moved.ended
+
+
+@in_virtual_time
+async def test_news_of_an_aborted_generation_are_ignored() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        aborted = generation()
+        await owner.stream.submit([aborted])
+        await owner.stream.abort([1])
+        replica.tell(TokenDelta(1, [5], "length"))
+        await asyncio.sleep(10)
+        assert (aborted.tokens, aborted.ended) == ([], False)
+        assert (owner.stream.live, len(replica.opened), replica.aborts) == (True, 1, [1])
+
+
+@in_virtual_time
+async def test_numbers_are_never_used_again() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        await owner.stream.submit([generation(), generation()])
+        replica.end_stream()
+        await asyncio.sleep(0.2)
+        await owner.stream.submit([generation()])
+        assert [submission.generation for submission in replica.submissions] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [ReplicaLost("gone"), TimeoutError()])
+def test_a_failed_submission_means_a_lost_replica(error: Exception) -> None:
+    @in_virtual_time
+    async def scenario() -> None:
+        replica = ScriptedReplica()
+        async with running(replica) as owner:
+            there = generation()
+            await owner.stream.submit([there])
+            replica.error = error
+            new = generation()
+            assert await owner.stream.submit([new]) == []
+            assert owner.lost == [there, new]
+            assert not owner.stream.live
+
+    scenario()
+
+
+@in_virtual_time
+async def test_a_submission_without_an_answer_means_a_lost_replica() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        replica.taking.clear()
+        new = generation()
+        begin = now()
+        assert await owner.stream.submit([new]) == []
+        assert now() - begin == pytest.approx(5.0)
+        assert owner.lost == [new]
+
+
+@in_virtual_time
+async def test_a_replica_that_does_not_know_the_stream_gets_a_new_one() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        replica.status = "stream_unknown"
+        new = generation()
+        assert await owner.stream.submit([new]) == []
+        assert owner.lost == [new]
+        await asyncio.sleep(0.2)
+        assert replica.opened == ["i/m/r0#1", "i/m/r0#2"]
+        assert owner.stream.live
+
+
+@pytest.mark.parametrize("answer", [ReplicaLost("gone"), "stream_unknown"])
+def test_a_late_answer_over_an_old_connection_does_not_break_the_new_one(answer: Exception | str) -> None:
+    @in_virtual_time
+    async def scenario() -> None:
+        replica = ScriptedReplica()
+        async with running(replica) as owner:
+            replica.taking.clear()
+            old = generation()
+            submitting = asyncio.create_task(owner.stream.submit([old]))
+            await quiet()
+            replica.end_stream()
+            await asyncio.sleep(0.2)
+            assert owner.lost == [old]
+            assert (owner.stream.live, len(replica.opened)) == (True, 2)
+
+            if isinstance(answer, Exception):
+                replica.error = answer
+            else:
+                replica.status = "stream_unknown"
+            replica.taking.set()
+            assert await submitting == []
+            assert (owner.stream.live, owner.lost) == (True, [old])
+
+    scenario()
+
+
+@in_virtual_time
+async def test_what_a_full_replica_refuses_comes_back() -> None:
+    replica = ScriptedReplica()
+    replica.status = "queue_full"
+    async with running(replica) as owner:
+        refused = [generation(), generation()]
+        assert await owner.stream.submit(refused) == refused
+        assert owner.stream.generations == {}
+        assert owner.lost == []
+
+
+@in_virtual_time
+async def test_tokens_may_arrive_before_the_answer_to_the_submission() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        replica.taking.clear()
+        quick = generation()
+        submitting = asyncio.create_task(owner.stream.submit([quick]))
+        await quiet()
+        replica.tell(TokenDelta(1, [5], "length"))
+        await quiet()
+        assert (quick.tokens, quick.ended) == ([5], True)
+        replica.taking.set()
+        assert await submitting == []
+        assert replica.aborts == []
+
+
+@in_virtual_time
+async def test_an_answer_of_the_wrong_length_fails_what_was_submitted() -> None:
+    class Miscounting(ScriptedReplica):
+        async def submit(self, stream_id: str, submissions: bytes) -> list[object]:  # type: ignore[override]
+            return [*await super().submit(stream_id, submissions), "accepted"]
+
+    replica = Miscounting()
+    async with running(replica) as owner:
+        new = generation()
+        assert await owner.stream.submit([new]) == []
+        assert (new.ended, replica.aborts) == (True, [1])
+        assert owner.stream.live
