@@ -207,8 +207,8 @@ def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
                 *({"GPU": resources.gpus / workers} for _ in range(workers - 1)),
             ]
             deployment["placement_group_strategy"] = "PACK"
-    # The number of replicas may change without touching those that run, so it is no part of the arguments.
-    arguments = model.model_dump(mode="json", exclude={"replicas", "price"})
+    # What may change without touching the replicas that run is no part of the arguments.
+    arguments = model.model_dump(mode="json", exclude={"replicas", "price", "hold_timeout_s"})
     return {
         "name": application_name(model.name),
         "route_prefix": None,

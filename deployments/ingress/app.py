@@ -121,7 +121,9 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
             RouteNotFound(f"Unknown request URL: {request.method} {path}. Completions are at POST /v1/completions.")
         )
 
-    return _RequestIds(_Unexpected(app))
+    # Inside of Starlette's own ServerErrorMiddleware, which would answer first, in plain text.
+    app.add_middleware(_Unexpected)
+    return _RequestIds(app)
 
 
 def _model_card(model: ServedModel) -> dict[str, Any]:

@@ -32,17 +32,17 @@ def _prompts(value: Any) -> list[str | list[int]]:
         if kinds == {str}:
             return value
         if kinds == {int}:
-            return _in_range([value])
+            return [_in_range(value)]
         if kinds == {list} and all(prompt and set(map(type, prompt)) == {int} for prompt in value):
-            return _in_range(value)
+            return [_in_range(prompt) for prompt in value]
     raise ValueError("expected a string, or a non-empty array of strings, of token ids, or of arrays of token ids")
 
 
-def _in_range(prompts: list[list[int]]) -> Any:
-    """Whether the model knows them is for the meter to say."""
-    if any(min(prompt) < -_INT32_MAX or max(prompt) > _INT32_MAX for prompt in prompts):
+def _in_range(token_ids: list[int]) -> list[int]:
+    """Those that fit into a message; whether the model knows them is for the meter to say."""
+    if min(token_ids) < -_INT32_MAX or max(token_ids) > _INT32_MAX:
         raise ValueError("expected token ids of the model")
-    return prompts
+    return token_ids
 
 
 def _stops(value: Any) -> tuple[str, ...]:

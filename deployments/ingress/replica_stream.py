@@ -191,6 +191,8 @@ class ReplicaStream:
         except (ReplicaLost, TimeoutError) as error:
             # The generations end with the stream, which is broken now if it was not before.
             self._break(f"abort failed: {error!r}", connection)
+        except Exception:
+            log.exception("abort failed", replica=self._name)
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()

@@ -163,6 +163,8 @@ class ScriptedReplica:
         self.status: SubmissionStatus = "accepted"
         self.error: Exception | None = None
         """Raised by `submit`."""
+        self.abort_error: Exception | None = None
+        """Raised by `abort`."""
         self.load = EngineLoad()
         """Told with the first message of each stream."""
         self.submissions: list[Submission] = []
@@ -204,6 +206,8 @@ class ScriptedReplica:
     async def abort(self, stream_id: str, generations: list[int]) -> None:
         self.calls.append("abort")
         self.aborts += generations
+        if self.abort_error is not None:
+            raise self.abort_error
 
 
 @asynccontextmanager

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from letter_tokenizer import save_letter_tokenizer
-from memory_replicas import LIMITS, ScriptedReplica
-from virtual_time import in_virtual_time, quiet
 
 from deployments.ingress.catalog import Catalog, CatalogEntry
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.errors import ModelNotFound
 from deployments.ingress.replica_stream import SILENCE_LIMIT_S
+from tests.deployments.ingress.letter_tokenizer import save_letter_tokenizer
+from tests.deployments.ingress.memory_replicas import LIMITS, ScriptedReplica
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
 
 
 class Serve:

@@ -25,7 +25,15 @@ def refused(body: bytes) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         parse_completion_request(body)
     error = caught.value
-    for internal in ("pydantic", "http", "CompletionRequest", "StreamOptions", "Traceback", "validation error", "Input"):
+    for internal in (
+        "pydantic",
+        "http",
+        "CompletionRequest",
+        "StreamOptions",
+        "Traceback",
+        "validation error",
+        "Input",
+    ):
         assert internal not in error.message
     assert json.loads(error.body())["error"]["type"] == "invalid_request_error"
     return error
@@ -42,14 +50,14 @@ def refusal(name: str, literal: str) -> str:
     return error.message.removeprefix(prefix)
 
 
-# --- what is accepted --------------------------------------------------------------------------------------------------
+# --- what is accepted ----------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_openai() -> None:
     request = parse()
     assert (request.prompt, request.choices, request.max_completion_tokens, request.stop) == (["p"], 1, 16, ())
     assert request.sampling(0) == Sampling(max_tokens=16)
-    assert not (request.stream or request.echo)
+    assert (request.stream, request.echo) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +160,7 @@ def test_the_ends_of_each_range_belong_to_it(name: str, values: list[Any]) -> No
         pack(Submission(1, "req", [1], request.sampling(127)))  # whatever is accepted fits into a message
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------------------------
 
 
 AN_INTEGER, A_NUMBER, FINITE = "expected an integer.", "expected a number.", "expected a finite number."

@@ -10,14 +10,22 @@ from itertools import count
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memory_replicas import LIMITS, SETTINGS, MemoryReplica, ScriptedReplica, opened_pool, replicas_of, undisturbed
-from virtual_time import in_virtual_time, quiet, run_in_virtual_time
 
 from deployments.contracts import EngineLoad, FinishReason, Sampling, TokenDelta
 from deployments.ingress import engine_pool
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.errors import ApiError, InternalError, ModelNotReady, Overloaded
 from deployments.ingress.generation import Generation, Mailbox
+from tests.deployments.ingress.memory_replicas import (
+    LIMITS,
+    SETTINGS,
+    MemoryReplica,
+    ScriptedReplica,
+    opened_pool,
+    replicas_of,
+    undisturbed,
+)
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, run_in_virtual_time
 
 PROMPT = [1, 2, 3]
 _request_numbers = count()
@@ -89,7 +97,7 @@ async def watch_for_silence(pool: EnginePool) -> None:
         pool.check_silence(now())
 
 
-# --- who gets a generation ----------------------------------------------------------------------------------------------
+# --- who gets a generation -----------------------------------------------------------------------------------------
 
 
 async def chosen(*loads: EngineLoad) -> str:
@@ -106,7 +114,9 @@ async def chosen(*loads: EngineLoad) -> str:
 
 @in_virtual_time
 async def test_the_replica_with_the_fewest_sequences_is_chosen() -> None:
-    assert await chosen(EngineLoad(running=3), EngineLoad(running=1, waiting=1), EngineLoad(running=2, waiting=3)) == "r1"
+    assert (
+        await chosen(EngineLoad(running=3), EngineLoad(running=1, waiting=1), EngineLoad(running=2, waiting=3)) == "r1"
+    )
 
 
 @in_virtual_time
@@ -205,7 +215,7 @@ async def test_what_one_replica_cannot_take_of_a_request_is_refused_and_the_rest
         assert replicas["r0"].sequences == 0
 
 
-# --- no replica -----------------------------------------------------------------------------------------------------------
+# --- no replica ----------------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -265,7 +275,7 @@ async def test_generations_that_lost_their_replica_are_held_whatever_the_bound()
             request.assert_undisturbed()
 
 
-# --- lost replicas --------------------------------------------------------------------------------------------------------
+# --- lost replicas -------------------------------------------------------------------------------------------------
 
 
 def lose_by_breaking(replica: MemoryReplica) -> None:
@@ -387,7 +397,7 @@ async def test_prompt_tokens_found_in_a_cache_are_those_of_the_first_replica() -
         assert again.generation.cached_tokens == 63
 
 
-# --- leaving replicas -------------------------------------------------------------------------------------------------------
+# --- leaving replicas ----------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -482,7 +492,7 @@ async def test_a_replica_that_leaves_before_it_ever_spoke_is_forgotten() -> None
             assert pool.cards() == []
 
 
-# --- aborting and closing ---------------------------------------------------------------------------------------------------
+# --- aborting and closing ------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -591,7 +601,7 @@ async def test_close_ends_every_stream_and_so_frees_the_replicas() -> None:
         await pool.close()
 
 
-# --- whatever happens --------------------------------------------------------------------------------------------------------
+# --- whatever happens ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -672,7 +682,7 @@ def ended(tasks: Iterable[asyncio.Task[Request]]) -> list[Request]:
     return [task.result() for task in tasks]
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(faults, max_size=12), st.lists(arrivals, min_size=1, max_size=40))
 def test_whatever_happens_to_the_replicas_every_generation_ends_once_with_exactly_its_tokens(
     schedule: list[Fault], load: list[tuple[float, int]]

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from memory_meter import USER_KEY, MemoryMeter
-from virtual_time import in_virtual_time, quiet
 
 from deployments.contracts import AdmissionRefused, AdmissionRequest, Admitted, KeyInfo, Settlement
 from deployments.ingress import meter_client
 from deployments.ingress.errors import ApiError, InvalidApiKey, InvalidRequest, ModelNotFound, ServiceUnavailable
 from deployments.ingress.meter_client import MeterClient, MeterUnreachable
+from tests.deployments.ingress.memory_meter import USER_KEY, MemoryMeter
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
 
 
 @asynccontextmanager
@@ -53,7 +53,7 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-# --- keys -------------------------------------------------------------------------------------------------------------
+# --- keys ----------------------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -110,7 +110,7 @@ async def test_the_cache_of_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
         assert meter.calls == ["authenticate"]
 
 
-# --- admissions ---------------------------------------------------------------------------------------------------------
+# --- admissions ----------------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -197,7 +197,7 @@ def test_a_refusal_is_raised_as_what_the_client_sees(
     scenario()
 
 
-# --- settlements ----------------------------------------------------------------------------------------------------------
+# --- settlements ---------------------------------------------------------------------------------------------------
 
 
 @in_virtual_time

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from memory_replicas import ScriptedReplica
-from virtual_time import in_virtual_time, quiet
 
 from deployments.contracts import EngineLoad, Sampling, TokenDelta
 from deployments.engine.step_outbox import HEARTBEAT_S
 from deployments.ingress.generation import Generation, Mailbox
 from deployments.ingress.replica_stream import SILENCE_LIMIT_S, ReplicaLost, ReplicaStream
+from tests.deployments.ingress.memory_replicas import ScriptedReplica
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
 
 
 class Owner:
@@ -163,6 +163,27 @@ async def test_news_of_an_aborted_generation_are_ignored() -> None:
         await asyncio.sleep(10)
         assert (aborted.tokens, aborted.ended) == ([], False)
         assert (owner.stream.live, len(replica.opened), replica.aborts) == (True, 1, [1])
+
+
+@in_virtual_time
+async def test_a_failed_abort_means_a_lost_replica() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        staying = generation()
+        await owner.stream.submit([generation(), staying])
+        replica.abort_error = ReplicaLost("gone")
+        await owner.stream.abort([1])
+        assert owner.lost == [staying]
+
+
+@in_virtual_time
+async def test_an_abort_that_the_replica_chokes_on_changes_nothing_for_the_others() -> None:
+    replica = ScriptedReplica()
+    replica.abort_error = ValueError("a bug in the engine")
+    async with running(replica) as owner:
+        await owner.stream.submit([generation(), generation()])
+        await owner.stream.abort([1])
+        assert (owner.stream.live, list(owner.stream.generations), owner.lost) == (True, [2], [])
 
 
 @in_virtual_time

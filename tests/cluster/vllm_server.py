@@ -1,0 +1,57 @@
+"""vLLM's own OpenAI server on the same model, as the reference for what the cluster should say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.conftest import free_port
+
+__all__ = ["vllm_server"]
+
+
+@contextmanager
+def vllm_server(model: Path, log: Path, limit_s: float = 240.0) -> Iterator[str]:
+    """Its base URL; with the engine settings of tests/clusters/vllm.yaml."""
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+        *("--served-model-name", "smollm2-135m", "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "32"),
+    ]
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with log.open("w") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_up(server, url, log, limit_s)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def _wait_until_up(server: subprocess.Popen[bytes], url: str, log: Path, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise AssertionError(f"vLLM's server ended:\n{log.read_text()[-3000:]}")
+        try:
+            if httpx.get(f"{url}/health", timeout=2.0, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise AssertionError(f"vLLM's server was not up after {limit_s} s:\n{log.read_text()[-3000:]}")
