@@ -43,7 +43,7 @@ class IngressSettings:
 
 
 def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -> ASGIApp:
-    app = FastAPI(title="Millstream", openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Millstream", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
 
     async def caller(request: Request) -> KeyInfo:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")

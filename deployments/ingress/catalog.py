@@ -58,6 +58,8 @@ class Catalog:
         self._entries: dict[str, CatalogEntry] = {}
         self._applications: frozenset[str] = frozenset()
         self._served: dict[str, ServedModel] = {}
+        self._retired: list[EnginePool] = []
+        """Pools of models that have gone, while their last streams run."""
         self._refreshing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self.known = False
@@ -94,8 +96,9 @@ class Catalog:
             wanted = {name: entry for name, entry in self._entries.items() if entry.application in self._applications}
             for name in self._served.keys() - wanted.keys():
                 log.info("model removed", model=name)
-                # Its streams run on until they end or the pool's drain limit has passed.
-                self._served.pop(name).pool.replicas_changed(frozenset())
+                pool = self._served.pop(name).pool
+                pool.retire()
+                self._retired.append(pool)
             for name, entry in wanted.items():
                 served = self._served.get(name)
                 if served is None or served.entry != entry:
@@ -119,8 +122,12 @@ class Catalog:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        for model in self._served.values():
-            await model.pool.close()
+        for pool in self._pools():
+            await pool.close()
+
+    def _pools(self) -> list[EnginePool]:
+        self._retired = [pool for pool in self._retired if not pool.empty]
+        return [*(model.pool for model in self._served.values()), *self._retired]
 
     async def _refresh_for_ever(self) -> None:
         while True:
@@ -141,5 +148,5 @@ class Catalog:
                 stalled_until = now + 4 * _WATCH_S
             woke = now
             if now >= stalled_until:
-                for model in self._served.values():
-                    model.pool.check_silence(now)
+                for pool in self._pools():
+                    pool.check_silence(now)

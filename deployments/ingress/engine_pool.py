@@ -72,6 +72,7 @@ class EnginePool:
         self._listed: frozenset[str] = frozenset()
         self._became_live = asyncio.Event()
         self._held = 0
+        self._retired = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -94,6 +95,8 @@ class EnginePool:
 
     def replicas_changed(self, replica_ids: frozenset[str]) -> None:
         """Follow the pool: open a stream to each new replica, drain those that leave."""
+        if self._retired:
+            replica_ids = frozenset()
         self._listed = replica_ids
         for replica_id in replica_ids - self._streams.keys():
             self._open(replica_id)
@@ -117,6 +120,16 @@ class EnginePool:
                     numbers.setdefault(generation.placement.stream, []).append(generation.placement.number)
         for stream, doomed in numbers.items():
             self._own(stream.abort(doomed), "abort")
+
+    def retire(self) -> None:
+        """The model is served no more: what runs may finish, within the drain limit."""
+        self._retired = True
+        self.replicas_changed(frozenset())
+
+    @property
+    def empty(self) -> bool:
+        """Whether a retired pool has let go of all replicas."""
+        return not self._streams
 
     def check_silence(self, now: float) -> None:
         for stream in self._streams.values():

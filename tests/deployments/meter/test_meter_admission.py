@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import BEGIN_ID, save_tiny_tokenizer
 from tokenizers import Tokenizer, models
 
 from deployments.contracts import AdmissionRefused, AdmissionRequest, Admitted, KeyInfo, Settlement
@@ -28,6 +27,7 @@ from deployments.meter.meter import Meter
 from deployments.meter.reservations import Reservation, Reservations
 from deployments.meter.tokenizer import INLINE_SIZE
 from deployments.meter.worker_threads import WorkerThreads
+from tests.deployments.meter.tiny_tokenizer import BEGIN_ID, save_tiny_tokenizer
 
 ADMIN = KeyInfo(key_id="admin", name="admin", admin=True)
 CONTEXT = 64

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import save_tiny_tokenizer
 
 from deployments.contracts import (
     AdmissionRequest,
@@ -22,6 +21,7 @@ from deployments.meter.deployment import MeterDeployment
 from deployments.meter.errors import AdminKeyError, MeterClosed
 from deployments.meter.keys import ADMIN_KEY_VARIABLE, key_digest
 from deployments.meter.ledger import Ledger
+from tests.deployments.meter.tiny_tokenizer import save_tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
