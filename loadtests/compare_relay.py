@@ -150,7 +150,7 @@ def _measure(bench: Path, system: System, home: Path) -> Figures:
 
 def _table(measured: dict[str, list[Figures]]) -> str:
     def median(name: str, field: str) -> float:
-        return statistics.median(getattr(figures, field) for figures in measured[name])
+        return float(statistics.median(getattr(figures, field) for figures in measured[name]))
 
     lines = [
         "",
