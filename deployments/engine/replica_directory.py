@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-__all__ = ["ReplicaGone", "ReplicaSetChanged", "replicas_changed", "unwatch_replicas", "watch_replicas"]
+__all__ = ["ReplicaGone", "ReplicaSetChanged", "replicas_changed", "watch_replicas"]
 
 ReplicaSetChanged = Callable[[frozenset[str]], None]
 """Gets the unique ids of all running replicas of the application; called on the watcher's event loop."""
@@ -24,16 +24,13 @@ _known: dict[str, frozenset[str]] = {}
 
 
 def watch_replicas(application: str, changed: ReplicaSetChanged) -> None:
-    """Call `changed` now if the replicas of `application` are known, and on every change, in the running loop."""
+    """Call `changed` now if the replicas of `application` are known, and on every change, in the running loop.
+
+    Takes the place of whoever watched the application before.
+    """
     _watchers[application] = (asyncio.get_running_loop(), changed)
     if application in _known:
         changed(_known[application])
-
-
-def unwatch_replicas(application: str) -> None:
-    """Forget the application: should it come back, its replicas are others."""
-    _watchers.pop(application, None)
-    _known.pop(application, None)
 
 
 def replicas_changed(application: str, replica_ids: frozenset[str]) -> None:

@@ -19,10 +19,6 @@ __all__ = ["TargetedRouter"]
 class TargetedRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
     """Routes each call to the replica named by its keyword `target`, or fails it with ReplicaGone."""
 
-    @property
-    def supports_rejection_protocol(self) -> bool:
-        return False  # an engine replica refuses work by its answer, so the extra round trip buys nothing
-
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:

@@ -141,6 +141,7 @@ class VllmEngine:
 
     async def _generate(self, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver) -> None:
         from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         finished = False
@@ -161,7 +162,7 @@ class VllmEngine:
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
-            outputs = self._engine.generate({"prompt_token_ids": token_ids}, parameters, request_id=key)
+            outputs = self._engine.generate(tokens_input(token_ids), parameters, request_id=key)
             async for output in outputs:
                 choice = output.outputs[0]
                 finish_reason: FinishReason | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +50,13 @@ class ServedModel:
 class Catalog:
     def __init__(
         self,
-        list_applications: Callable[[], Awaitable[frozenset[str]]],
+        existing: Callable[[Iterable[str]], Awaitable[frozenset[str]]],
         open_pool: Callable[[CatalogEntry], Awaitable[EnginePool]],
     ) -> None:
-        self._list_applications = list_applications
+        """`existing` tells which of the named applications Serve has; `open_pool` starts following one's replicas."""
+        self._existing = existing
         self._open_pool = open_pool
         self._entries: dict[str, CatalogEntry] = {}
-        self._applications: frozenset[str] = frozenset()
         self._served: dict[str, ServedModel] = {}
         self._retired: list[EnginePool] = []
         """Pools of models that have gone, while their last streams run."""
@@ -91,9 +91,10 @@ class Catalog:
 
     async def refresh(self) -> None:
         async with self._refreshing:
-            self._applications = await self._list_applications()
+            entries = self._entries
+            existing = await self._existing([entry.application for entry in entries.values()])
             self.known = True
-            wanted = {name: entry for name, entry in self._entries.items() if entry.application in self._applications}
+            wanted = {name: entry for name, entry in entries.items() if entry.application in existing}
             for name in self._served.keys() - wanted.keys():
                 log.info("model removed", model=name)
                 pool = self._served.pop(name).pool

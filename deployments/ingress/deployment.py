@@ -8,12 +8,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from deployments.engine.replica_directory import unwatch_replicas, watch_replicas
+from deployments.engine.replica_directory import watch_replicas
 from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.catalog import Catalog, CatalogEntry
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.meter_client import MeterClient
-from deployments.ingress.serve_transport import ServeMeter, ServeReplica, listed_applications, open_pool
+from deployments.ingress.serve_transport import ServeMeter, ServePools
 from deployments.logging import configure_logging
 
 __all__ = ["IngressDeployment"]
@@ -33,10 +33,10 @@ class IngressDeployment:
         admission_timeout_s: float,
     ) -> None:
         configure_logging()
-        self._engine_deployment = engine_deployment
+        self._pools = ServePools(engine_deployment)
         self._ingress_id = serve.get_replica_context().replica_id.unique_id
         self._meter = MeterClient(ServeMeter(meter), admission_timeout_s=admission_timeout_s)
-        self._catalog = Catalog(listed_applications, self._open_pool)
+        self._catalog = Catalog(self._pools.existing, self._open_pool)
         self._settings = IngressSettings(request_body_limit_bytes, keep_alive_s)
         self._running = False
 
@@ -52,11 +52,9 @@ class IngressDeployment:
         await self._catalog.replace([CatalogEntry.model_validate(entry) for entry in user_config["models"]])
 
     async def _open_pool(self, entry: CatalogEntry) -> EnginePool:
-        unwatch_replicas(entry.application)
-        handle = await open_pool(entry.application, self._engine_deployment)
         pool = EnginePool(
             entry.name,
-            lambda replica_id: ServeReplica(handle, replica_id),
+            lambda replica_id: self._pools.replica(entry.application, replica_id),
             ingress_id=self._ingress_id,
             limits=entry.limits,
         )

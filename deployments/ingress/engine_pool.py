@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,7 +245,9 @@ class EnginePool:
         )
 
     def _own(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(work, name=f"{self.model}-{name}")
+        # In a context of its own: when a client leaves, Serve cancels the calls made in its request's context, and
+        # these would be among them, be it the abort that frees the engine.
+        task = asyncio.create_task(work, name=f"{self.model}-{name}", context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 

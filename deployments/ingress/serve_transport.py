@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any, cast
 
 import grpc
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.contracts import SubmissionStatus
@@ -19,11 +19,14 @@ from deployments.ingress.meter_client import MeterUnreachable
 from deployments.ingress.replica_stream import ReplicaLost
 from deployments.meter.errors import MeterError
 
-__all__ = ["ServeMeter", "ServeReplica", "listed_applications", "open_pool"]
+__all__ = ["ServeMeter", "ServePools", "ServeReplica"]
 
 _UNREACHABLE = (RayError, RayServeException, grpc.RpcError, ReplicaGone, EngineError, MeterError)
 """What a Serve call raises when the other side is gone, going, or failed: gRPC's errors and those of the called method
 come through bare."""
+
+
+_PROBE_LIMIT_S = 0.2
 
 
 def _fast(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
@@ -88,15 +91,38 @@ class ServeMeter:
             raise MeterUnreachable(type(error).__name__) from error
 
 
-async def listed_applications() -> frozenset[str]:
-    """Names of the applications that Serve knows, whatever their state. Raises RayError without a controller."""
-    status = await asyncio.to_thread(serve.status)
-    return frozenset(status.applications)
+class ServePools:
+    """The engine pools of this cluster, by application. A handle is made once and survives the application's deletion
+    and redeployment; its router runs from the first call on and tells replica_directory.py of the replicas."""
 
+    def __init__(self, deployment: str) -> None:
+        self._deployment = deployment
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
 
-async def open_pool(application: str, deployment: str) -> DeploymentHandle[Any]:
-    """A handle to a pool, with its router running, so that `watch_replicas` hears of the replicas."""
-    handle: DeploymentHandle[Any] = await asyncio.to_thread(serve.get_deployment_handle, deployment, application)
-    # A handle starts its router with the first call; this one goes to nobody.
-    handle.load.remote(target="").cancel()
-    return handle
+    async def existing(self, applications: Iterable[str]) -> frozenset[str]:
+        """Those of `applications` that Serve knows, whatever their state.
+
+        `serve.status` would tell it too, but takes 50 ms of this process for a handful of replicas.
+        """
+        return frozenset([application for application in applications if await self._exists(application)])
+
+    def replica(self, application: str, replica_id: str) -> ServeReplica:
+        """`application` must have been found to exist before."""
+        return ServeReplica(self._handles[application], replica_id)
+
+    async def _exists(self, application: str) -> bool:
+        if application not in self._handles:
+            try:
+                handle = await asyncio.to_thread(serve.get_deployment_handle, self._deployment, application)
+            except (KeyError, RayServeException):
+                return False
+            self._handles[application] = handle
+        try:
+            # A call to nobody: the router answers it in this process, unless the pool is empty or gone.
+            async with asyncio.timeout(_PROBE_LIMIT_S):
+                await self._handles[application].load.remote(target="")
+        except DeploymentUnavailableError:
+            return False
+        except (ReplicaGone, TimeoutError):
+            return True
+        return True

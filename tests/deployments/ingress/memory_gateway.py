@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ async def gateway(
     save_letter_tokenizer(folder)
     meter = MemoryMeter(dict.fromkeys(models, letter_tokenizer()))
 
-    async def list_applications() -> frozenset[str]:
+    async def existing(_applications: Iterable[str]) -> frozenset[str]:
         return frozenset(f"model-{name}" for name in models)
 
     async with AsyncExitStack() as stack:
@@ -95,7 +95,7 @@ async def gateway(
             pool.replicas_changed(frozenset(engines))
             return pool
 
-        catalog = Catalog(list_applications, open_pool)
+        catalog = Catalog(existing, open_pool)
         meter_client = MeterClient(meter, admission_timeout_s=10.0)
         await meter_client.start()
         stack.push_async_callback(meter_client.close)

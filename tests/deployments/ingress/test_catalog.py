@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +28,10 @@ class Serve:
         self.pools: dict[str, list[EnginePool]] = {}
         self.replica = ScriptedReplica()
 
-    async def list_applications(self) -> frozenset[str]:
+    async def existing(self, applications: Iterable[str]) -> frozenset[str]:
         if self.error is not None:
             raise self.error
-        return self.applications
+        return self.applications & frozenset(applications)
 
     async def open_pool(self, entry: CatalogEntry) -> EnginePool:
         pool = EnginePool(entry.name, lambda _replica: self.replica, ingress_id="i", limits=entry.limits)
@@ -42,7 +42,7 @@ class Serve:
 
 @asynccontextmanager
 async def following(serve: Serve) -> AsyncIterator[Catalog]:
-    catalog = Catalog(serve.list_applications, serve.open_pool)
+    catalog = Catalog(serve.existing, serve.open_pool)
     await catalog.start()
     try:
         yield catalog
@@ -178,7 +178,7 @@ async def test_replicas_that_fall_silent_are_given_up(folder: Path) -> None:
 
 @in_virtual_time
 async def test_close_is_safe_before_start_and_twice() -> None:
-    catalog = Catalog(Serve().list_applications, Serve().open_pool)
+    catalog = Catalog(Serve().existing, Serve().open_pool)
     await catalog.close()
     await catalog.start()
     await catalog.close()
