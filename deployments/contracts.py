@@ -32,7 +32,7 @@ __all__ = [
     "TokenDelta",
     "pack",
     "unpack",
-    "unpack_admission",
+    "unpack_admissions",
 ]
 
 T = TypeVar("T")
@@ -48,10 +48,10 @@ def unpack(data: bytes, kind: type[T]) -> T:
     return msgspec.msgpack.decode(data, type=kind)
 
 
-def unpack_admission(data: bytes) -> Admitted | AdmissionRefused:
-    """Decode the meter's answer to an AdmissionRequest; the tag on the wire tells which it is."""
-    answer: Admitted | AdmissionRefused = msgspec.msgpack.decode(data, type=Admitted | AdmissionRefused)
-    return answer
+def unpack_admissions(data: bytes) -> list[Admitted | AdmissionRefused]:
+    """Decode the meter's answers to a list of AdmissionRequest; the tags on the wire tell which each is."""
+    answers: list[Admitted | AdmissionRefused] = msgspec.msgpack.decode(data, type=list[Admitted | AdmissionRefused])
+    return answers
 
 
 # --- ingress -> engine replica -----------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from deployments.contracts import (
     Settlement,
     pack,
     unpack,
-    unpack_admission,
+    unpack_admissions,
 )
+from deployments.ingress.coalescer import Coalescer
 from deployments.ingress.errors import InvalidApiKey, InvalidRequest, ModelNotFound, ServiceUnavailable
 
 __all__ = ["MeterClient", "MeterTransport", "MeterUnreachable"]
@@ -37,6 +38,8 @@ _KEY_CACHE_S = 5.0
 _KEY_CACHE_SIZE = 10_000
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 _CALL_LIMIT_S = 10.0
+_SHORT_PROMPTS = 4096
+"""Characters or token ids up to which a request's admission travels together with others, which it must not delay."""
 _SETTLE_AT_ONCE = 1000
 _OUTBOX_SIZE = 50_000
 _CLOSE_LIMIT_S = 10.0
@@ -51,7 +54,8 @@ class MeterTransport(Protocol):
 
     async def authenticate(self, digest: bytes) -> bytes: ...
 
-    async def admit(self, request: bytes) -> bytes: ...
+    async def admit(self, requests: bytes) -> bytes:
+        """A packed list of AdmissionRequest in, as many packed answers out."""
 
     async def settle(self, settlements: bytes) -> None: ...
 
@@ -62,6 +66,7 @@ class MeterClient:
     def __init__(self, transport: MeterTransport, *, admission_timeout_s: float) -> None:
         self._transport = transport
         self._admission_timeout_s = admission_timeout_s
+        self._admissions = Coalescer(self._admit)
         self._keys: OrderedDict[bytes, tuple[float, KeyInfo]] = OrderedDict()
         self._outbox: dict[str, Settlement] = {}
         self._unsettled = asyncio.Event()
@@ -96,8 +101,10 @@ class MeterClient:
         """Token ids for every prompt, and room in the ledger. Raises the refusal as an ApiError."""
         if len(self._outbox) >= _OUTBOX_SIZE:
             raise ServiceUnavailable("Usage cannot be recorded at the moment.", retry_after_s=5.0)
-        payload = pack(request)
-        answer = unpack_admission(await self._patiently(lambda: self._transport.admit(payload)))
+        if sum(map(len, request.prompts)) > _SHORT_PROMPTS:
+            answer = (await self._patiently(lambda: self._admit([request])))[0]
+        else:
+            answer = await self._patiently(lambda: self._admissions.call(request))
         if isinstance(answer, AdmissionRefused):
             if answer.code == "model_not_found":
                 raise ModelNotFound(answer.message, param="model")
@@ -126,6 +133,10 @@ class MeterClient:
         if self._sender is not None:
             self._sender.cancel()
             await asyncio.wait([self._sender])
+
+    async def _admit(self, requests: list[AdmissionRequest]) -> list[Admitted | AdmissionRefused]:
+        async with asyncio.timeout(_CALL_LIMIT_S):
+            return unpack_admissions(await self._transport.admit(pack(requests)))
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call the meter until it answers; a replacement is usually up within seconds."""

@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from itertools import chain, islice
 from typing import Protocol
 
+import msgspec
 import structlog
 
 from deployments.contracts import EngineLoad, EngineStep, SubmissionStatus, pack, unpack
+from deployments.ingress.coalescer import Coalescer
 from deployments.ingress.errors import InternalError
 from deployments.ingress.generation import Generation, Placement
 
@@ -68,6 +71,7 @@ class ReplicaStream:
         self._transport = transport
         self._name = name
         self._connections = 0
+        self._submissions = self._submitter()
         self._numbers = 0
         self._unreported = 0
         self._submitting: set[int] = set()
@@ -124,9 +128,9 @@ class ReplicaStream:
         self._submitting |= numbered.keys()
         statuses: list[SubmissionStatus] | None = None
         try:
-            payload = pack([generation.submission(number) for number, generation in numbered.items()])
+            submissions = [msgspec.Raw(pack(generation.submission(number))) for number, generation in numbered.items()]
             async with asyncio.timeout(_SUBMIT_LIMIT_S):
-                statuses = await self._transport.submit(self._stream_id, payload)
+                statuses = await self._submissions.call(submissions)
         except (ReplicaLost, TimeoutError) as error:
             self._break(f"submission failed: {error!r}", connection)
             return []
@@ -136,7 +140,7 @@ class ReplicaStream:
             self._submitting -= numbered.keys()
             aborted = self._aborted_early & numbered.keys()
             self._aborted_early -= aborted
-        if statuses is None or len(statuses) != len(numbered):
+        if statuses is None:
             for number, generation in numbered.items():
                 if self._take(number):
                     generation.fail(InternalError())
@@ -183,6 +187,20 @@ class ReplicaStream:
     def _stream_id(self) -> str:
         return f"{self._name}#{self._connections}"
 
+    def _submitter(self) -> Coalescer[list[msgspec.Raw], list[SubmissionStatus]]:
+        """Sends submissions over the present connection."""
+        stream_id = self._stream_id
+
+        async def send(batch: list[list[msgspec.Raw]]) -> list[list[SubmissionStatus]]:
+            async with asyncio.timeout(_SUBMIT_LIMIT_S):
+                statuses = await self._transport.submit(stream_id, msgspec.msgpack.encode([*chain(*batch)]))
+            if len(statuses) != sum(map(len, batch)):
+                raise RuntimeError(f"{len(statuses)} statuses for {sum(map(len, batch))} submissions")
+            each = iter(statuses)
+            return [list(islice(each, len(submissions))) for submissions in batch]
+
+        return Coalescer(send)
+
     async def _send_abort(self, numbers: list[int]) -> None:
         connection = self._connections
         try:
@@ -197,6 +215,7 @@ class ReplicaStream:
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
         self._connections += 1
+        self._submissions = self._submitter()
         self.last_heard = loop.time()
         async with aclosing(self._transport.steps(self._stream_id)) as steps:
             first = True

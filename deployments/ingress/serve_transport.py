@@ -75,8 +75,8 @@ class ServeMeter:
     async def authenticate(self, digest: bytes) -> bytes:
         return cast(bytes, await self._call("authenticate", digest))
 
-    async def admit(self, request: bytes) -> bytes:
-        return cast(bytes, await self._call("admit", request))
+    async def admit(self, requests: bytes) -> bytes:
+        return cast(bytes, await self._call("admit", requests))
 
     async def settle(self, settlements: bytes) -> None:
         await self._call("settle", settlements)

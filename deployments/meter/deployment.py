@@ -7,6 +7,7 @@ loop.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ class MeterDeployment:
         info = self._meter.authenticate(digest)
         return b"" if info is None else pack(info)
 
-    async def admit(self, request: bytes) -> bytes:
-        """Packed AdmissionRequest in, packed Admitted or AdmissionRefused out. Raises as Meter.admit."""
-        return pack(await self._meter.admit(unpack(request, AdmissionRequest)))
+    async def admit(self, requests: bytes) -> bytes:
+        """A packed list of AdmissionRequest in, as many packed Admitted or AdmissionRefused out, in order. Raises as
+        Meter.admit, for all of them."""
+        admissions = (self._meter.admit(request) for request in unpack(requests, list[AdmissionRequest]))
+        return pack(await asyncio.gather(*admissions))
 
     async def settle(self, settlements: bytes) -> None:
         """A packed list of Settlement, durable when this returns. Raises as Meter.settle."""

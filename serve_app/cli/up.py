@@ -21,7 +21,7 @@ from deployments.meter.keys import ensure_admin_key
 from serve_app.applications import ROOT, serve_config
 from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
 from serve_app.model_source import ModelSourceError, prepare_model
-from serve_app.ray_node import RayNode, RayNodeError
+from serve_app.ray_node import RayNode, RayNodeError, processes_of
 from serve_app.serve_api import Application, ServeApi, ServeApiError
 
 __all__ = ["up"]
@@ -92,8 +92,9 @@ def up(
     if detach or not started:
         return
     _say("running in the foreground; Ctrl-C stops the cluster")
+    processes = processes_of(node.cluster_id)
     while not stopping.wait(1.0):
-        if RayNode.running(home) is None:
+        if not any(process.is_running() for process in processes):
             typer.echo("The cluster was stopped.", err=True)
             return
     _stop(node, home)

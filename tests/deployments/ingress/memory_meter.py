@@ -58,10 +58,11 @@ class MemoryMeter:
         info = self.keys.get(digest)
         return b"" if info is None else pack(info)
 
-    async def admit(self, request: bytes) -> bytes:
-        self.admissions.append(unpack(request, AdmissionRequest))
+    async def admit(self, requests: bytes) -> bytes:
+        asked = unpack(requests, list[AdmissionRequest])
+        self.admissions += asked
         await self._call("admit")
-        return pack(self.answer(self.admissions[-1]))
+        return pack([self.answer(request) for request in asked])
 
     async def settle(self, settlements: bytes) -> None:
         self.batches.append(unpack(settlements, list[Settlement]))

@@ -15,7 +15,7 @@ from deployments.contracts import (
     Settlement,
     pack,
     unpack,
-    unpack_admission,
+    unpack_admissions,
 )
 from deployments.meter.deployment import MeterDeployment
 from deployments.meter.errors import AdminKeyError, MeterClosed
@@ -54,7 +54,7 @@ async def test_one_request_from_its_key_to_its_row(tmp_path: Path) -> None:
     assert await meter.authenticate(key_digest("sk-ms-wrong")) == b""
 
     request = AdmissionRequest("cmpl-1", info.key_id, "tiny", ["the mill", [1, 2]], max_tokens=4, choices=1)
-    answer = unpack_admission(await meter.admit(pack(request)))
+    [answer] = unpack_admissions(await meter.admit(pack([request])))
     assert isinstance(answer, Admitted)
     assert answer.token_ids[1] == [1, 2]
 
