@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Protocol
 
 import msgspec
@@ -218,18 +218,19 @@ class ReplicaStream:
         self._submissions = self._submitter()
         self.last_heard = loop.time()
         async with aclosing(self._transport.steps(self._stream_id)) as steps:
-            first = True
-            while True:
+            for expected in count():
                 try:
                     # The first message has a limit of its own, since only live streams are watched for silence.
-                    async with asyncio.timeout(SILENCE_LIMIT_S if first else None):
+                    async with asyncio.timeout(None if expected else SILENCE_LIMIT_S):
                         message = await anext(steps)
                 except StopAsyncIteration:
                     return
                 self.last_heard = loop.time()
-                self._apply(unpack(message, EngineStep))
-                if first:
-                    first = False
+                step = unpack(message, EngineStep)
+                if step.sequence != expected:
+                    raise ReplicaLost(f"message {step.sequence} came in place of {expected}: tokens are missing")
+                self._apply(step)
+                if not expected:
                     self.live = True
                     self._retry_s = _RETRY_FIRST_S
                     log.info("replica in rotation", replica=self._name)

@@ -1,8 +1,7 @@
 """How completions look on the wire: the JSON answer and the server-sent events of a stream.
 
 A stream's chunks differ in a few characters only, so the rest is encoded once per request and a chunk is put together
-from bytes: 1.1 µs instead of 4.2 µs for building and dumping a dictionary (tests/…/test_wire.py checks that both give
-the same JSON).
+from bytes: a third of the time of building a dictionary and dumping it with msgspec, 1/14 of json's.
 """
 
 from __future__ import annotations

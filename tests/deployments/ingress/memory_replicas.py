@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 from structlog.testing import capture_logs
 
 from deployments.contracts import (
@@ -177,6 +178,8 @@ class ScriptedReplica:
         self.taking.set()
         self.greeting = True
         """A new stream says something at once."""
+        self.skipped = 0
+        """Messages that get lost from now on."""
         self._streams: list[asyncio.Queue[EngineStep | None]] = []
 
     def tell(self, *deltas: TokenDelta, load: EngineLoad | None = None, stream: int = -1) -> None:
@@ -191,8 +194,10 @@ class ScriptedReplica:
         self.opened.append(stream_id)
         if self.greeting:
             self.tell()
+        sequence = 0
         while (step := await queue.get()) is not None:
-            yield pack(step)
+            yield pack(msgspec.structs.replace(step, sequence=sequence + self.skipped))
+            sequence += 1
 
     async def submit(self, stream_id: str, submissions: bytes) -> list[SubmissionStatus]:
         await self.taking.wait()

@@ -133,6 +133,20 @@ async def test_what_a_lost_replica_reported_is_forgotten() -> None:
 
 
 @in_virtual_time
+async def test_a_missing_message_gives_the_replica_up_before_a_token_is_lost() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        hurt = generation()
+        await owner.stream.submit([hurt])
+        replica.tell(TokenDelta(1, [5]))
+        await quiet()
+        replica.skipped = 1
+        replica.tell(TokenDelta(1, [7]))
+        await quiet()
+        assert (hurt.tokens, owner.lost) == ([5], [hurt])
+
+
+@in_virtual_time
 async def test_messages_of_an_old_connection_are_ignored() -> None:
     replica = ScriptedReplica()
     async with running(replica) as owner:
