@@ -21,7 +21,7 @@ from deployments.engine.deployment import EngineDeployment
 from deployments.engine.router import TargetedRouter
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.deployment import MeterDeployment
-from serve_app.config import ClusterConfig, ModelConfig, VllmEngineConfig
+from serve_app.config import ClusterConfig, ModelConfig
 
 __all__ = [
     "GATEWAY",
@@ -189,6 +189,7 @@ def context_length(model: ModelConfig, folder: Path) -> int:
 
 def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
     resources = model.resources
+    # All GPUs of a replica are on one node: vLLM's workers are children of the replica and share what it reserved.
     options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
     if resources.accelerator is not None:
         options["accelerator_type"] = resources.accelerator
@@ -197,16 +198,6 @@ def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
         "num_replicas": model.replicas.min,
         "ray_actor_options": options,
     }
-    engine = model.engine
-    if isinstance(engine, VllmEngineConfig) and engine.tensor_parallel_size * engine.pipeline_parallel_size > 1:
-        # vLLM's workers are children of the replica on CPU and its own actors on GPUs; either way they need room.
-        workers = engine.tensor_parallel_size * engine.pipeline_parallel_size
-        if resources.gpus:
-            deployment["placement_group_bundles"] = [
-                {"CPU": resources.cpus, "GPU": resources.gpus / workers},
-                *({"GPU": resources.gpus / workers} for _ in range(workers - 1)),
-            ]
-            deployment["placement_group_strategy"] = "PACK"
     # What may change without touching the replicas that run is no part of the arguments.
     arguments = model.model_dump(mode="json", exclude={"replicas", "price", "hold_timeout_s"})
     return {

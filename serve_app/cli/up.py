@@ -55,7 +55,7 @@ def up(
         raise typer.Exit(1) from None
     home = millstream_home(os.environ)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Ray's processes must not die of the terminal's Ctrl-C before `up` stops them in order.
+    # Ctrl-C ends the waiting below rather than this process somewhere, so that what was started is stopped in order.
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
@@ -86,7 +86,8 @@ def up(
                 node.stop(home, keep_logs=True)
         raise typer.Exit(1) from None
     if stopping.is_set():
-        _stop(node, home)
+        if started:
+            _stop(node, home)
         raise typer.Exit(130)
     _greet(config, key)
     if detach or not started:

@@ -153,10 +153,8 @@ def test_gpus_and_their_type_are_reserved(folder: Path) -> None:
     assert "placement_group_bundles" not in engine
 
 
-def test_the_workers_of_a_sharded_model_are_placed_together(folder: Path) -> None:
+def test_a_replica_of_a_sharded_model_reserves_all_its_gpus(folder: Path) -> None:
     sharded = "engine: {kind: vllm, max_model_len: 512, tensor_parallel_size: 4}\nresources: {cpus: 8, gpus: 4}"
     described = cluster(folder, a=sharded)
-    engine = deployment(described, "model-a", "Engine")
-    assert engine["placement_group_strategy"] == "PACK"
-    assert sum(bundle["GPU"] for bundle in engine["placement_group_bundles"]) == 4
+    assert deployment(described, "model-a", "Engine")["ray_actor_options"] == {"num_cpus": 8, "num_gpus": 4}
     ServeDeploySchema.model_validate(described)
