@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deployments.engine import replica_directory
 
@@ -18,6 +18,15 @@ __all__ = ["TargetedRouter"]
 
 class TargetedRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
     """Routes each call to the replica named by its keyword `target`, or fails it with ReplicaGone."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._unavailable: set[str] = set()
+        """Replicas that a call has just not reached. Serve would send it again and again, as fast as it can, until the
+        controller notices the loss; here it fails after the first time, and its caller decides when to try again."""
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_unavailable(replica_id)
+        self._unavailable.add(replica_id.unique_id)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -29,11 +38,12 @@ class TargetedRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         if pending_request is not None and not pending_request.future.done():
             target = pending_request.kwargs.get("target")
             for replica in candidate_replicas:
-                if replica.replica_id.unique_id == target:
+                if replica.replica_id.unique_id == target and target not in self._unavailable:
                     pending_request.future.set_result(replica)
                     break
             else:
-                gone = replica_directory.ReplicaGone(f"replica {target} is not in the pool")
+                self._unavailable.discard(target)
+                gone = replica_directory.ReplicaGone(f"replica {target} is not in the pool, or not reached")
                 pending_request.future.set_exception(gone)
             self._remove_pending_request_from_indices(pending_request)  # as Serve does when it answers a call
         return [candidate_replicas[:1]]  # not looked at, since the call is answered

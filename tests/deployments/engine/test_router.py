@@ -62,6 +62,7 @@ def router(*replicas: str) -> Any:
         self_actor_id="test",
         use_replica_queue_len_cache=True,
     )
+    made.initialize_state()  # as Serve does before anything else
     made.update_replicas([Replica(name) for name in replicas])
     return made
 
@@ -103,6 +104,15 @@ async def test_a_call_to_a_replica_that_left_fails() -> None:
     serve_router.update_replicas([Replica("one")])
     with pytest.raises(ReplicaGone, match="two"):
         await routed(serve_router, call(target="two"))
+
+
+async def test_a_replica_that_was_not_reached_fails_one_call_instead_of_being_tried_for_ever() -> None:
+    serve_router = router("one", "two")
+    serve_router.on_replica_actor_unavailable(Replica("one").replica_id)
+    assert await routed(serve_router, call(target="two")) == ["two"]
+    with pytest.raises(ReplicaGone, match="one"):
+        await routed(serve_router, call(target="one"))
+    assert await routed(serve_router, call(target="one")) == ["one"]
 
 
 async def test_a_call_that_names_no_replica_fails() -> None:
@@ -168,6 +178,7 @@ async def main():
         handle_source=DeploymentHandleSource.REPLICA,
         self_actor_id="test",
     )
+    router.initialize_state()
     router.update_replicas([Replica()])
     print(sorted(await told.get()))
     request = PendingRequest(args=[], kwargs={"target": "two"}, metadata=RequestMetadata("r", "i"))
