@@ -333,6 +333,7 @@ def test_a_hub_model_comes_from_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     assert check_model_source("owner/name") is None
     assert prepare_model("owner/name", tmp_path / "home", report=lambda _: None) == tmp_path
     assert asked == ["owner/name"]
@@ -353,6 +354,7 @@ def test_errors_of_the_hub_come_with_advice(
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     assert said in prepare_error("owner/name", tmp_path)
 
 
