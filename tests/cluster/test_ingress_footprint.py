@@ -44,10 +44,11 @@ async def test_a_killed_ingress_is_replaced_quickly_and_leaves_no_work_behind(
     async with cluster.client() as client:
         body = {"model": "sim-b", "prompt": "Once upon a time", "max_tokens": 2000, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:
-            await anext(response.aiter_lines())
+            lines = response.aiter_lines()
+            await anext(lines)
             os.kill(before["pid"], signal.SIGKILL)
             with pytest.raises(httpx.RemoteProtocolError):
-                await response.aread()
+                _ = [line async for line in lines]
 
     async def replaced() -> bool:
         running = await asyncio.to_thread(cluster.replicas, "gateway", "Ingress")
