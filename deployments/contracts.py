@@ -5,7 +5,7 @@ and nothing else. Structs on the step stream are arrays (no field names on the w
 and give them defaults. Encode and decode with `pack` and `unpack`; the msgspec Encoder and Decoder objects cannot be
 pickled and so must not be captured by a class that Serve ships by value.
 
-Couplings: `Submission`, `EngineStep` between deployments/ingress/engine_pool.py and deployments/engine/replica.py;
+Couplings: `Submission`, `EngineStep` between deployments/ingress/replica_stream.py and deployments/engine/replica.py;
 `AdmissionRequest`, `Settlement` between deployments/ingress/meter_client.py and deployments/meter/meter.py.
 """
 

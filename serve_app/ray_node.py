@@ -56,8 +56,10 @@ class RayNode:
     token_file: str
 
     @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.gcs_port}"
+    def http_url(self) -> str:
+        """Where a client on this machine reaches the cluster."""
+        host = "127.0.0.1" if self.http_host in ("0.0.0.0", "::") else self.http_host
+        return f"http://{host}:{self.http_port}"
 
     @property
     def dashboard_url(self) -> str:

@@ -1,7 +1,7 @@
 """One completion request from admission to settlement, apart from HTTP.
 
 The methods stand in the order in which they run. Whatever happens after `admit`, `settle` is called exactly once with
-what the request used, by `app.py`'s handlers.
+what the request used, by completion_response.py.
 """
 
 from __future__ import annotations

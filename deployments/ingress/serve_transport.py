@@ -53,15 +53,14 @@ class ServeReplica:
             response.cancel()
 
     async def submit(self, stream_id: str, submissions: bytes) -> list[SubmissionStatus]:
-        try:
-            statuses = await self._handle.submit.remote(stream_id, submissions, target=self._replica_id)
-        except _UNREACHABLE as error:
-            raise ReplicaLost(type(error).__name__) from error
-        return cast(list[SubmissionStatus], statuses)
+        return cast(list[SubmissionStatus], await self._call("submit", stream_id, submissions))
 
     async def abort(self, stream_id: str, generations: list[int]) -> None:
+        await self._call("abort", stream_id, generations)
+
+    async def _call(self, method: str, stream_id: str, argument: bytes | list[int]) -> Any:
         try:
-            await self._handle.abort.remote(stream_id, generations, target=self._replica_id)
+            return await getattr(self._handle, method).remote(stream_id, argument, target=self._replica_id)
         except _UNREACHABLE as error:
             raise ReplicaLost(type(error).__name__) from error
 

@@ -73,10 +73,9 @@ def status(
 
 def _loads(node: RayNode, key: str) -> dict[str, dict[str, Any]]:
     """Load of each engine replica as an ingress sees it; empty while none answers."""
-    host = "127.0.0.1" if node.http_host in ("0.0.0.0", "::") else node.http_host
     try:
         response = httpx.get(
-            f"http://{host}:{node.http_port}/admin/v1/replicas",
+            f"{node.http_url}/admin/v1/replicas",
             headers={"Authorization": f"Bearer {key}"},
             timeout=5.0,
             trust_env=False,

@@ -77,7 +77,7 @@ def up(
             api.wait_until_up(_API_LIMIT_S)
             api.apply(serve_config(config, home, folders))
             _await_running(api, config, stopping, time.monotonic() + timeout)
-            _await_ready(config, stopping, time.monotonic() + _API_LIMIT_S)
+            _await_ready(node, stopping, time.monotonic() + _API_LIMIT_S)
     except (AdminKeyError, ModelSourceError, RayNodeError, ServeApiError, StartError) as error:
         typer.echo(f"The cluster did not start: {error}", err=True)
         if node is not None:
@@ -89,7 +89,7 @@ def up(
         if started:
             _stop(node, home)
         raise typer.Exit(130)
-    _greet(config, key)
+    _greet(node, config, key)
     if detach or not started:
         return
     _say("running in the foreground; Ctrl-C stops the cluster")
@@ -163,9 +163,9 @@ def _reason(application: Application) -> str:
     return f"{application.name} is {application.status}: " + ("\n".join(application.reasons) or "no reason given")
 
 
-def _await_ready(config: ClusterConfig, stopping: threading.Event, deadline: float) -> None:
+def _await_ready(node: RayNode, stopping: threading.Event, deadline: float) -> None:
     """Until the cluster says so itself, through its own front door, for every model."""
-    url = f"http://{_reachable(config)}/readyz"
+    url = f"{node.http_url}/readyz"
     answer = "no answer"
     with httpx.Client(timeout=5.0, trust_env=False) as client:
         while not stopping.wait(0.1):
@@ -180,15 +180,8 @@ def _await_ready(config: ClusterConfig, stopping: threading.Event, deadline: flo
                 raise StartError(f"{url} does not say ready: {answer}")
 
 
-def _reachable(config: ClusterConfig) -> str:
-    """Host and port for a client on this machine."""
-    http = config.cluster.http
-    host = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host
-    return f"{host}:{http.port}"
-
-
-def _greet(config: ClusterConfig, key: str) -> None:
-    url = f"http://{_reachable(config)}"
+def _greet(node: RayNode, config: ClusterConfig, key: str) -> None:
+    url = node.http_url
     models = ", ".join(model.name for model in config.models)
     authorization = f" \\\n  -H 'Authorization: Bearer {key}'" if config.meter.require_keys else ""
     typer.echo(
