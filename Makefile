@@ -8,6 +8,7 @@ ARGS ?=
 BIN := .venv/bin
 CPU := .venv/.cpu-installed
 DEV := .venv/.dev-installed
+CLIENTS := .venv/.clients-installed
 
 .PHONY: help serve test test-unit check setup down clean
 
@@ -17,7 +18,7 @@ help: ## list the targets
 serve: $(CPU) ## start the cluster, print a curl to try, stop it with Ctrl-C; CONFIG=file, PORT=number
 	@exec $(BIN)/millstream up $(CONFIG) $(if $(PORT),--port $(PORT))
 
-test: $(DEV) ## run all tests; ARGS="-k name" goes to pytest
+test: $(CLIENTS) ## run all tests; ARGS="-k name" goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 test-unit: $(DEV) ## run the tests that need neither Ray nor vLLM; ARGS= as above
@@ -28,7 +29,7 @@ check: $(DEV) ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-setup: $(DEV) ## only install, with the development tools
+setup: $(CLIENTS) ## only install, with the development tools and the clients of the tests
 
 down: ## stop a cluster that was left running
 	@test -x $(BIN)/millstream || { echo "Nothing is installed here, so nothing runs: no $(BIN)/millstream."; exit 1; }
@@ -49,3 +50,6 @@ $(CPU): requirements/cpu.lock pyproject.toml
 
 $(DEV): requirements/dev.lock $(CPU)
 	@requirements/install.sh dev
+
+$(CLIENTS): requirements/clients.lock $(DEV)
+	@requirements/install.sh clients

@@ -12,7 +12,7 @@ Couplings: `Submission`, `EngineStep` between deployments/ingress/replica_stream
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -24,9 +24,13 @@ __all__ = [
     "EngineStep",
     "FinishReason",
     "KeyInfo",
+    "PositionLogprobs",
+    "PromptOptions",
+    "RepetitionDetection",
     "Sampling",
     "Settlement",
     "SettlementStatus",
+    "StructuredOutputs",
     "Submission",
     "SubmissionStatus",
     "TokenDelta",
@@ -57,8 +61,31 @@ def unpack_admissions(data: bytes) -> list[Admitted | AdmissionRefused]:
 # --- ingress -> engine replica -----------------------------------------------------------------------------------
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the output must conform to: exactly one of the first six, named as in vLLM's StructuredOutputsParams."""
+
+    json: str | None = None
+    """A JSON schema, as text."""
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+
+class RepetitionDetection(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Ends a generation that repeats itself: vLLM's RepetitionDetectionParams."""
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How one choice is sampled. Names, meanings and ranges are those of vLLM's SamplingParams.
+    """How one choice is generated. Names, meanings and ranges are those of vLLM's SamplingParams.
 
     Stop strings are absent on purpose: the engine sees token ids only, so the ingress matches them.
     """
@@ -77,6 +104,26 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell at each position, beside the chosen one; None tells nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the positions of the prompt, told with the first delta."""
+    logprob_token_ids: tuple[int, ...] | None = None
+    """Told at each position instead of the likeliest."""
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    structured_outputs: StructuredOutputs | None = None
+    repetition_detection: RepetitionDetection | None = None
+    thinking_token_budget: int | None = None
+    stream_interval: int | None = None
+    """Tokens to gather before they are delivered, but for the first and the last ones."""
+    extra_args: dict[str, Any] | None = None
+    """For logits processors and plugins that the operator installed in the engine."""
+    priority: int = 0
+    """Lower is served earlier, where the engine schedules by priority."""
+    cache_salt: str | None = None
+    """Only requests of the same salt share prefix-cache blocks."""
 
 
 class Submission(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -100,9 +147,20 @@ SubmissionStatus = Literal["accepted", "queue_full", "stream_unknown"]
 
 # --- engine replica -> ingress (the step stream) -------------------------------------------------------------------
 
-FinishReason = Literal["stop", "stop_token", "length", "failed"]
-"""`stop_token`: the last token of the delta ended the generation (end of text or one of `stop_token_ids`) and is not
-part of the text. `stop`: the engine ended it for a reason of its own. `failed`: the engine refused or lost it."""
+FinishReason = Literal["stop", "stop_token", "end_of_text", "length", "repetition", "refused", "failed"]
+"""`stop_token`, `end_of_text`: the last token of the delta, one of `stop_token_ids` or the model's end of text, ended
+the generation and is not part of the text. `repetition`: it repeats itself. `stop`: the engine ended it for a reason of
+its own. `refused`: the engine cannot do what the request asks for. `failed`: the engine lost it."""
+
+
+class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of tokens at one position: first of the token that is there, then of the others that were
+    asked for, the likeliest first. No token is told twice."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+    """Among all of the vocabulary; 1 is the likeliest."""
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -114,7 +172,13 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache; told with the generation's first delta, else 0."""
     message: str = ""
-    """Why, in words for the log, when `finish_reason` is `failed`."""
+    """Why, when `finish_reason` is `failed` (in words for the log) or `refused` (in words for the caller)."""
+    param: str | None = None
+    """The parameter that made the engine refuse."""
+    logprobs: list[PositionLogprobs] | None = None
+    """One per token, where asked for."""
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    """One per prompt token, the first None; told with the generation's first delta, where asked for."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -151,6 +215,16 @@ class KeyInfo(msgspec.Struct, frozen=True):
     admin: bool
 
 
+class PromptOptions(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How prompts become token ids; names as in vLLM."""
+
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    """Tokens to keep, >= 1; -1 keeps what the model's context has room for."""
+    truncation_side: Literal["left", "right"] = "right"
+    """`left` keeps the last tokens."""
+
+
 class AdmissionRequest(msgspec.Struct, frozen=True):
     """Asks to tokenize, check and reserve for one request."""
 
@@ -163,6 +237,7 @@ class AdmissionRequest(msgspec.Struct, frozen=True):
     """Completion tokens reserved per generated choice."""
     choices: int
     """Generated per prompt."""
+    options: PromptOptions = PromptOptions()
 
 
 class Admitted(msgspec.Struct, frozen=True, tag="admitted"):

@@ -6,8 +6,10 @@ breaking one never touches the others. What may change without a restart (the ca
 """
 
 # No `from __future__ import annotations`: Serve looks at the annotation of a builder's argument at run time.
+import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from deployments.engine.deployment import EngineDeployment
 from deployments.engine.router import TargetedRouter
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.deployment import MeterDeployment
-from serve_app.config import ClusterConfig, ModelConfig
+from serve_app.config import ClusterConfig, ModelConfig, VllmEngineConfig
 
 __all__ = [
     "GATEWAY",
@@ -55,7 +57,11 @@ class GatewayArguments(BaseModel, frozen=True, extra="forbid"):
     require_keys: bool
     request_body_limit_bytes: int
     keep_alive_s: float
+    request_timeout_s: float | None
     admission_timeout_s: float
+    upload_timeout_s: float
+    write_timeout_s: float
+    cors_origins: list[str]
 
 
 class ModelArguments(BaseModel, frozen=True, extra="forbid"):
@@ -83,7 +89,11 @@ def build_gateway(arguments: GatewayArguments) -> Application:
         engine_deployment=ENGINE,
         request_body_limit_bytes=arguments.request_body_limit_bytes,
         keep_alive_s=arguments.keep_alive_s,
+        request_timeout_s=arguments.request_timeout_s,
         admission_timeout_s=arguments.admission_timeout_s,
+        upload_timeout_s=arguments.upload_timeout_s,
+        write_timeout_s=arguments.write_timeout_s,
+        cors_origins=arguments.cors_origins,
     )
 
 
@@ -124,7 +134,11 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
         require_keys=config.meter.require_keys,
         request_body_limit_bytes=int(config.ingress.request_body_limit),
         keep_alive_s=config.ingress.keep_alive_s,
+        request_timeout_s=config.ingress.request_timeout_s,
         admission_timeout_s=config.ingress.admission_timeout_s,
+        upload_timeout_s=config.ingress.upload_timeout_s,
+        write_timeout_s=config.ingress.write_timeout_s,
+        cors_origins=list(config.ingress.cors_origins),
     )
     catalog = [
         {
@@ -132,6 +146,10 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
             "application": application_name(model.name),
             "folder": str(folders[model.name]),
             "max_model_len": lengths[model.name],
+            "fingerprint": fingerprint(model),
+            "priority_scheduling": isinstance(model.engine, VllmEngineConfig)
+            and model.engine.scheduling_policy == "priority",
+            "infilling": None if model.infilling is None else model.infilling.model_dump(),
             "limits": {
                 "hold_timeout_s": model.hold_timeout_s,
                 "resume_timeout_s": _RESUME_TIMEOUT_S,
@@ -179,6 +197,12 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
     }
 
 
+def fingerprint(model: ModelConfig) -> str:
+    """Changes with whatever shapes the answers of a model: its weights, its engine and this program."""
+    shaping = model.model_dump_json(include={"name", "source", "engine", "infilling"})
+    return "fp_" + hashlib.sha256(f"{version('millstream')} {shaping}".encode()).hexdigest()[:12]
+
+
 def context_length(model: ModelConfig, folder: Path) -> int:
     """Tokens of prompt and completion that the model takes: configured, or what its weights were trained for."""
     if model.engine.max_model_len is not None:
@@ -199,7 +223,7 @@ def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
         "ray_actor_options": options,
     }
     # What may change without touching the replicas that run is no part of the arguments.
-    arguments = model.model_dump(mode="json", exclude={"replicas", "price", "hold_timeout_s"})
+    arguments = model.model_dump(mode="json", exclude={"replicas", "price", "hold_timeout_s", "infilling"})
     return {
         "name": application_name(model.name),
         "route_prefix": None,

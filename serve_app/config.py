@@ -140,6 +140,12 @@ def _gpu_count(gpus: float) -> float:
     return gpus
 
 
+def _cors_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    if origins != ("*",) and not all(re.fullmatch(r"https?://[a-z0-9.:\[\]-]+", origin) for origin in origins):
+        raise _unexpected('origins as browsers send them, such as https://chat.example.com without a path, or ["*"]')
+    return origins
+
+
 class _Section(BaseModel):
     """A mapping in cluster.yaml. `"1"` is no number, `1` no text and an unknown key an error."""
 
@@ -206,6 +212,17 @@ class IngressConfig(_Section):
     admission_timeout_s: PositiveFloat = 10.0
     """Seconds, > 0, that a request waits for the meter before it is answered 503; longer than a meter's
     restart."""
+    request_timeout_s: PositiveFloat | None = None
+    """Seconds, > 0, that a request may take, from admission to the last token, before it is answered 504, or its
+    stream ends with an error; null lets it take as long as it does."""
+    upload_timeout_s: PositiveFloat = 30.0
+    """Seconds, > 0, that the body of a request may take to arrive whole, before it is answered 408."""
+    write_timeout_s: PositiveFloat = 60.0
+    """Seconds, > 0, that a client may leave its answer unread once all buffers on the way are full (several MB),
+    before its generations are aborted and the connection is closed."""
+    cors_origins: Annotated[tuple[str, ...], AfterValidator(_cors_origins)] = Field(default=(), strict=False)
+    """Web pages whose scripts may call the cluster, as `https://host` or `http://host:port`, or `["*"]` for all;
+    none by default. Keys in a web page are public: put a service of your own in between."""
 
 
 def _ledger_url(home: Path) -> str:
@@ -256,6 +273,8 @@ class VllmEngineConfig(_Section):
     CPUs."""
     enable_prefix_caching: bool = True
     """Keep the KV blocks of past prompts for prompts that begin alike."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """`priority` serves requests of a lower `priority` first; with `fcfs` requests must not give one."""
 
 
 class SimulatedEngineConfig(_Section):
@@ -313,6 +332,17 @@ class Price(_Section):
     """>= 0."""
 
 
+class Infilling(_Section):
+    """The special tokens, as text, by which a model is asked for what comes between a prompt and a `suffix`."""
+
+    prefix: str = Field(min_length=1)
+    """Stands before the prompt, such as `<|fim_prefix|>`."""
+    suffix: str = Field(min_length=1)
+    """Stands between the prompt and the suffix, such as `<|fim_suffix|>`."""
+    middle: str = Field(min_length=1)
+    """Stands behind the suffix, such as `<|fim_middle|>`."""
+
+
 class ModelConfig(_Section):
     """One model and the pool of replicas that serve it: the Serve application `model-<name>`."""
 
@@ -325,6 +355,8 @@ class ModelConfig(_Section):
     resources: ModelResources = ModelResources()
     replicas: ReplicaRange = ReplicaRange()
     price: Price = Price()
+    infilling: Infilling | None = None
+    """For models trained to fill in the middle; null refuses requests with a `suffix`."""
     max_waiting: NonNegativeInt = 512
     """Generations, >= 0, that a replica holds beyond those running before it refuses more with 503."""
     hold_timeout_s: PositiveFloat = 30.0

@@ -8,6 +8,7 @@ Ray clusters on the machine are left alone (which `ray stop` would end as well).
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import secrets
@@ -51,6 +52,8 @@ class RayNode:
     gcs_port: int
     dashboard_port: int
     proxy: str
+    client_timeout_s: int
+    """How long HAProxy keeps the connection of a client that neither sends nor reads: longer than the ingress."""
     folder: str
     """Ray's own files and HAProxy's: logs, sockets. Removed by `stop`."""
     token_file: str
@@ -81,7 +84,7 @@ class RayNode:
             # Ray renames its processes; without this the new title overwrites the environment that `stop` reads.
             "SPT_NOENV": "1",
             **(
-                _haproxy_environment(self.folder)
+                _haproxy_environment(self.folder, self.client_timeout_s)
                 if self.proxy == "haproxy"
                 else {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}  # on by default in that mode: no proxy at all
             ),
@@ -104,6 +107,7 @@ class RayNode:
             gcs_port=_free_port(),
             dashboard_port=_free_port(),
             proxy=section.proxy,
+            client_timeout_s=math.ceil(max(config.ingress.upload_timeout_s, config.ingress.write_timeout_s)) + 5,
             # Short on purpose: HAProxy puts Unix sockets two levels below it, whose paths have at most 97 characters.
             folder=tempfile.mkdtemp(prefix="millstream-", dir="/tmp"),
             token_file=str(token_file),
@@ -121,7 +125,7 @@ class RayNode:
             *("--temp-dir", node.folder, "--disable-usage-stats", "--include-log-monitor", "false"),
         ]
         if node.proxy == "haproxy":
-            _write_haproxy_launcher(Path(node.folder) / "haproxy")
+            _write_haproxy_launcher(Path(node.folder), node.client_timeout_s)
         result = subprocess.run(
             command,
             env={**os.environ, **node.environment()},
@@ -185,7 +189,7 @@ def processes_of(cluster_id: str) -> list[psutil.Process]:
     return found
 
 
-def _haproxy_environment(folder: str) -> dict[str, str]:
+def _haproxy_environment(folder: str, client_timeout_s: int) -> dict[str, str]:
     """Files and ports of its own, so that several clusters can run on one machine."""
     first_port = _free_range(_REPLICA_PORTS)
     return {
@@ -198,6 +202,7 @@ def _haproxy_environment(folder: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(client_timeout_s),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
@@ -208,14 +213,22 @@ def _haproxy_environment(folder: str) -> dict[str, str]:
     }
 
 
-def _write_haproxy_launcher(path: Path) -> None:
-    """HAProxy without kernel splicing, which Ray's configuration asks for.
+def _write_haproxy_launcher(folder: Path, client_timeout_s: int) -> None:
+    """HAProxy as Ray configures it, but for two things that Ray has no setting for.
 
-    With it HAProxy 2.8 may stop reading from a client whose body came in a segment of its own, and so does not see
-    that the client has closed the connection: the engine would work on for nobody (tests/cluster/test_disconnect.py).
+    Kernel splicing is off: with it HAProxy 2.8 may stop reading from a client whose body came in a segment of its own,
+    and so does not see that the client has closed the connection: the engine would work on for nobody
+    (tests/cluster/test_disconnect.py). And a request's headers must have arrived in time: else a client that sends a
+    line now and then keeps its connection for ever (tests/cluster/test_connection.py).
     """
-    path.write_text(f'#!/bin/sh\nexec {shlex.quote(get_haproxy_binary())} -dS "$@"\n')
-    path.chmod(0o755)
+    launcher = folder / "haproxy"
+    bounded = rf"s/^\( *\)timeout client .*/&\n\1timeout http-request {client_timeout_s}s/"
+    launcher.write_text(
+        "#!/bin/sh\n"
+        f"sed -i -e '/timeout http-request/d' -e '{bounded}' {shlex.quote(str(folder / 'haproxy.cfg'))} || exit 1\n"
+        f'exec {shlex.quote(get_haproxy_binary())} -dS "$@"\n'
+    )
+    launcher.chmod(0o755)
 
 
 def _state_file(home: Path) -> Path:

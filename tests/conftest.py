@@ -19,6 +19,7 @@ import pytest
 
 from serve_app.config import millstream_home
 from serve_app.model_source import prepare_model
+from tests.vllm_server import vllm_server
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,3 +149,10 @@ def vllm_cluster(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     cluster = start_cluster(home, ROOT / "tests" / "clusters" / "vllm.yaml")
     yield cluster
     cluster.millstream("down")
+
+
+@pytest.fixture(scope="session")
+def vllm_reference(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of vLLM's own server on the same weights."""
+    with vllm_server(smollm2, free_port(), tmp_path_factory.mktemp("reference") / "vllm.log") as url:
+        yield url

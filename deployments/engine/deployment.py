@@ -61,6 +61,7 @@ def build_engine(model: ModelConfig, folder: Path) -> Engine:
             kv_cache_gib=engine.kv_cache_gib,
             enforce_eager=engine.enforce_eager,
             enable_prefix_caching=engine.enable_prefix_caching,
+            scheduling_policy=engine.scheduling_policy,
         ),
         max_waiting=model.max_waiting,
         stall_timeout_s=model.stall_timeout_s,

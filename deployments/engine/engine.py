@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from deployments.contracts import EngineLoad, FinishReason, Sampling
+from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling
 
 __all__ = ["Deliver", "Engine", "EngineError", "EngineQueueFull", "EngineUnhealthy"]
 
@@ -27,7 +27,8 @@ class EngineUnhealthy(EngineError):
 
 
 class Deliver(Protocol):
-    """Receives what one generation gained in a step. Called on the event loop, never blocks."""
+    """Receives what one generation gained in a step; arguments as in contracts.TokenDelta. Called on the event loop,
+    never blocks."""
 
     def __call__(
         self,
@@ -36,6 +37,9 @@ class Deliver(Protocol):
         *,
         cached_tokens: int = 0,
         message: str = "",
+        param: str | None = None,
+        logprobs: list[PositionLogprobs] | None = None,
+        prompt_logprobs: list[PositionLogprobs | None] | None = None,
     ) -> None: ...
 
 

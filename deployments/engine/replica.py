@@ -18,8 +18,10 @@ import structlog
 from deployments.contracts import (
     EngineLoad,
     FinishReason,
+    PositionLogprobs,
     Submission,
     SubmissionStatus,
+    TokenDelta,
     pack,
 )
 from deployments.engine.engine import Engine, EngineQueueFull, EngineUnhealthy
@@ -106,11 +108,18 @@ class EngineReplica:
             *,
             cached_tokens: int = 0,
             message: str = "",
+            param: str | None = None,
+            logprobs: list[PositionLogprobs] | None = None,
+            prompt_logprobs: list[PositionLogprobs | None] | None = None,
         ) -> None:
             if finish_reason is not None:
                 stream.keys.pop(generation, None)
                 self._drain_rate.count()
-            stream.outbox.push(generation, token_ids, finish_reason, cached_tokens=cached_tokens, message=message)
+            stream.outbox.push(
+                TokenDelta(
+                    generation, token_ids, finish_reason, cached_tokens, message, param, logprobs, prompt_logprobs
+                )
+            )
 
         stream.keys[generation] = key
         try:

@@ -1,7 +1,8 @@
 """The simulated engine: the simulator in real time, behind the same contract as vLLM.
 
 A part of the product for load tests and tests of scale: costs no compute and answers the same tokens for the same
-prompt and seed on every replica.
+prompt and seed on every replica. Parameters that shape probabilities or force a format have no effect on what it makes
+up; those that end a generation or ask for log probabilities do.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class SimulatedEngine:
         if len(self._deliver) >= self._max_generations and not resumed:
             raise EngineQueueFull(f"{self._simulator.waiting} generations wait already")
         if not self._simulator.fits(len(token_ids), sampling.max_tokens):
-            deliver([], "failed", message="needs more KV blocks than the engine has")
+            deliver([], "refused", message="The prompt and max_tokens need more KV blocks than the engine has.")
             return
         self._deliver[key] = deliver
         self._simulator.submit(key, token_ids, sampling)
@@ -98,10 +99,16 @@ class SimulatedEngine:
             # late already is not made up for, as hardware would not either.
             step_ends = max(step_ends + duration_s, loop.time())
             await asyncio.sleep(max(0.0, step_ends - loop.time()))
-            for key, token_id, finish_reason, cached_tokens in outputs:
-                deliver = self._deliver.get(key)
+            for output in outputs:
+                deliver = self._deliver.get(output.key)
                 if deliver is None:
                     continue  # aborted during the step
-                if finish_reason is not None:
-                    del self._deliver[key]
-                deliver([token_id], finish_reason, cached_tokens=cached_tokens)
+                if output.finish_reason is not None:
+                    del self._deliver[output.key]
+                deliver(
+                    [output.token_id],
+                    output.finish_reason,
+                    cached_tokens=output.cached_tokens,
+                    logprobs=None if output.logprobs is None else [output.logprobs],
+                    prompt_logprobs=output.prompt_logprobs,
+                )

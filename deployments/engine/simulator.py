@@ -7,11 +7,13 @@ decoding, KV blocks that run out, and a prefix cache.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from deployments.contracts import EngineLoad, FinishReason, Sampling
+from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling
 
 __all__ = ["SimulatedOutput", "Simulator", "SimulatorSettings", "Step"]
 
@@ -51,6 +53,9 @@ class SimulatedOutput(NamedTuple):
     finish_reason: FinishReason | None
     cached_tokens: int
     """Told with the first token, else 0."""
+    logprobs: PositionLogprobs | None
+    prompt_logprobs: list[PositionLogprobs | None] | None
+    """Told with the first token."""
 
 
 class Step(NamedTuple):
@@ -150,17 +155,49 @@ class Simulator:
         return Step(duration_s, outputs)
 
     def _decode(self, sequence: _Sequence) -> SimulatedOutput:
-        settings = self._settings
-        token = settings.first_token + sequence.state % (settings.vocabulary_tokens - settings.first_token)
-        sequence.state = _mix(sequence.state, token)
+        token = self._likeliest(sequence.state)
+        state, sequence.state = sequence.state, _mix(sequence.state, token)
         sequence.generated += 1
         finish_reason: FinishReason | None = None
         if token in sequence.sampling.stop_token_ids and sequence.generated > sequence.sampling.min_tokens:
             finish_reason = "stop_token"
         elif sequence.generated >= sequence.sampling.max_tokens:
             finish_reason = "length"
-        cached = sequence.cached_tokens if sequence.generated == 1 else 0
-        return SimulatedOutput(sequence.key, token, finish_reason, cached)
+        first = sequence.generated == 1
+        sampling = sequence.sampling
+        told = 0 if sampling.logprob_token_ids is not None else sampling.logprobs
+        return SimulatedOutput(
+            sequence.key,
+            token,
+            finish_reason,
+            sequence.cached_tokens if first else 0,
+            None if told is None else self._logprobs(state, token, told, sampling.logprob_token_ids or ()),
+            self._prompt_logprobs(sequence.token_ids, sampling) if first else None,
+        )
+
+    # --- log probabilities, made up like the tokens: the same for the same context, likelier ones first --------------
+
+    def _likeliest(self, state: int, rank: int = 1) -> int:
+        """The token that comes after a context; ranks beyond the first are what might have come instead."""
+        settings = self._settings
+        return settings.first_token + (state + rank - 1) % (settings.vocabulary_tokens - settings.first_token)
+
+    def _logprobs(self, state: int, token: int, likeliest: int, others: Sequence[int] = ()) -> PositionLogprobs:
+        settings = self._settings
+        vocabulary = settings.vocabulary_tokens - settings.first_token
+        tokens = dict.fromkeys([token, *(self._likeliest(state, rank) for rank in range(1, likeliest + 1)), *others])
+        ranks = [(each - settings.first_token - state) % vocabulary + 1 for each in tokens]
+        return PositionLogprobs(list(tokens), [-0.5 * math.sqrt(rank) for rank in ranks], ranks)
+
+    def _prompt_logprobs(self, token_ids: list[int], sampling: Sampling) -> list[PositionLogprobs | None] | None:
+        if sampling.prompt_logprobs is None:
+            return None
+        state = _mix(sampling.seed or 0, token_ids[0])
+        told: list[PositionLogprobs | None] = [None]
+        for token in token_ids[1:]:
+            told.append(self._logprobs(state, token, sampling.prompt_logprobs))
+            state = _mix(state, token)
+        return told
 
     # --- KV blocks: a sequence holds what it may need until it ends, so none is ever preempted ----------------------
 
@@ -188,8 +225,10 @@ class Simulator:
                 self._users_of_block[block] = 1
             sequence.shared_blocks = prefix
             sequence.private_blocks = needed - len(prefix)
-            # The last prompt token is always computed: its output is the first token.
-            sequence.cached_tokens = min(hits * self._settings.kv_block_tokens, len(sequence.token_ids) - 1)
+            # The last prompt token is always computed: its output is the first token. All are, if their probabilities
+            # are asked for.
+            if sequence.sampling.prompt_logprobs is None:
+                sequence.cached_tokens = min(hits * self._settings.kv_block_tokens, len(sequence.token_ids) - 1)
             sequence.prefill_left = len(sequence.token_ids) - sequence.cached_tokens
             self._running[sequence.key] = sequence
 

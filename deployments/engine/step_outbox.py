@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-from deployments.contracts import EngineLoad, EngineStep, FinishReason, TokenDelta
+from deployments.contracts import EngineLoad, EngineStep, TokenDelta
 
 __all__ = ["HEARTBEAT_S", "StepOutbox"]
 
@@ -31,24 +31,13 @@ class StepOutbox:
         self._closed = False
         self._sequence = 0
 
-    def push(
-        self,
-        generation: int,
-        token_ids: list[int],
-        finish_reason: FinishReason | None,
-        *,
-        cached_tokens: int = 0,
-        message: str = "",
-    ) -> None:
-        """Add what `generation` gained, behind what has not been pulled yet. Ignored once closed: else an engine that
+    def push(self, delta: TokenDelta) -> None:
+        """Add what a generation gained, behind what has not been pulled yet. Ignored once closed: else an engine that
         goes on could keep the stream from ending."""
         if self._closed:
             return
-        waiting = self._deltas.get(generation)
-        if waiting is not None:
-            token_ids = waiting.token_ids + token_ids
-            cached_tokens = cached_tokens or waiting.cached_tokens
-        self._deltas[generation] = TokenDelta(generation, token_ids, finish_reason, cached_tokens, message)
+        waiting = self._deltas.get(delta.generation)
+        self._deltas[delta.generation] = delta if waiting is None else _merged(waiting, delta)
         self._news.set()
 
     def forget(self, generation: int) -> None:
@@ -84,3 +73,16 @@ class StepOutbox:
         step = EngineStep(self._sequence, self._load(), deltas)
         self._sequence += 1
         return step
+
+
+def _merged(first: TokenDelta, second: TokenDelta) -> TokenDelta:
+    return TokenDelta(
+        first.generation,
+        first.token_ids + second.token_ids,
+        second.finish_reason,
+        first.cached_tokens or second.cached_tokens,
+        second.message,
+        second.param,
+        None if first.logprobs is None else first.logprobs + (second.logprobs or []),
+        first.prompt_logprobs,
+    )

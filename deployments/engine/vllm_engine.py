@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import structlog
 
-from deployments.contracts import EngineLoad, FinishReason, Sampling
+from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
 
 __all__ = ["VllmEngine", "VllmSettings"]
@@ -38,6 +40,7 @@ class VllmSettings:
     """KV cache on CPU; GPUs use gpu_memory_utilization."""
     enforce_eager: bool
     enable_prefix_caching: bool
+    scheduling_policy: Literal["fcfs", "priority"]
 
 
 class VllmEngine:
@@ -76,6 +79,7 @@ class VllmEngine:
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=settings.enforce_eager,
             enable_prefix_caching=settings.enable_prefix_caching,
+            scheduling_policy=settings.scheduling_policy,
             disable_log_stats=True,
         )
         gauge = KvCacheGauge()
@@ -140,45 +144,40 @@ class VllmEngine:
             self.on_death()
 
     async def _generate(self, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver) -> None:
-        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
 
         finished = False
         try:
-            parameters = SamplingParams(
-                max_tokens=sampling.max_tokens,
-                min_tokens=sampling.min_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                presence_penalty=sampling.presence_penalty,
-                frequency_penalty=sampling.frequency_penalty,
-                repetition_penalty=sampling.repetition_penalty,
-                seed=sampling.seed,
-                stop_token_ids=list(sampling.stop_token_ids),
-                ignore_eos=sampling.ignore_eos,
-                detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
+            outputs = self._engine.generate(
+                tokens_input(token_ids, cache_salt=sampling.cache_salt),
+                _sampling_params(sampling),
+                request_id=key,
+                priority=sampling.priority,
             )
-            outputs = self._engine.generate(tokens_input(token_ids), parameters, request_id=key)
             async for output in outputs:
                 choice = output.outputs[0]
                 finish_reason: FinishReason | None = None
                 if output.finished:
                     finished = True
-                    finish_reason = _finish_reason(choice.finish_reason, bool(choice.token_ids))
+                    finish_reason = _finish_reason(choice.finish_reason, choice.stop_reason, bool(choice.token_ids))
                     self._tasks.pop(key, None)
                 first = self._prefill_tokens.pop(key, None) is not None
                 deliver(
                     list(choice.token_ids),
                     finish_reason,
                     cached_tokens=(output.num_cached_tokens or 0) if first else 0,
+                    logprobs=choice.logprobs and [_position(likely) for likely in choice.logprobs],
+                    prompt_logprobs=output.prompt_logprobs
+                    and [likely and _position(likely) for likely in output.prompt_logprobs],
                 )
         except Exception as error:
             if not self._engine or self._engine.errored:
                 self._tell_death()  # not this generation failed but the whole engine: it resumes on another replica
+                return
+            if isinstance(error, VLLMClientError):
+                log.info("generation refused", generation=key, reason=str(error))
+                deliver([], "refused", message=_reason(error), param=getattr(error, "parameter", None))
                 return
             log.exception("generation failed", generation=key)
             if not finished:
@@ -188,14 +187,75 @@ class VllmEngine:
             self._prefill_tokens.pop(key, None)
 
 
-def _finish_reason(reason: str | None, has_tokens: bool) -> FinishReason:
-    """vLLM's word for the end of a generation in ours. Without stop strings `stop` means a stop token, the last."""
+def _sampling_params(sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
+
+    constraint, detection = sampling.structured_outputs, sampling.repetition_detection
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+        logprob_token_ids=None if sampling.logprob_token_ids is None else list(sampling.logprob_token_ids),
+        logit_bias=sampling.logit_bias,
+        allowed_token_ids=None if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids),
+        bad_words=list(sampling.bad_words),
+        structured_outputs=None
+        if constraint is None
+        else StructuredOutputsParams(
+            **{
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in msgspec.structs.asdict(constraint).items()
+            }
+        ),
+        repetition_detection=None
+        if detection is None
+        else RepetitionDetectionParams(**msgspec.structs.asdict(detection)),
+        thinking_token_budget=sampling.thinking_token_budget,
+        stream_interval=sampling.stream_interval,
+        extra_args=sampling.extra_args,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _position(likely: dict[int, Any]) -> PositionLogprobs:
+    """From vLLM's `{token id: Logprob}`, the token that is there first."""
+    return PositionLogprobs(
+        list(likely), [each.logprob for each in likely.values()], [each.rank for each in likely.values()]
+    )
+
+
+_SOURCE_LOCATION = re.compile(r"\[[\d:]+\]\s*|\S*/\S+?:\d+:?\s*")
+
+
+def _reason(error: Exception) -> str:
+    """What vLLM says of a request it refuses, without the places in source code that grammar compilers put in."""
+    return _SOURCE_LOCATION.sub("", str(error.args[0] if error.args else error))[:500]
+
+
+def _finish_reason(reason: str | None, stop_reason: int | str | None, has_tokens: bool) -> FinishReason:
+    """vLLM's word for the end of a generation in ours. Without stop strings `stop` means a token, the last: one of
+    stop_token_ids, which it names, or the end of text."""
     match reason:
         case "length":
             return "length"
         case "stop" if has_tokens:
-            return "stop_token"
+            return "end_of_text" if stop_reason is None else "stop_token"
         case "stop":
             return "stop"
+        case "repetition":
+            return "repetition"
         case _:
             return "failed"

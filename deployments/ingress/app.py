@@ -1,14 +1,14 @@
-"""The HTTP surface: routes, authentication, request ids, and every error in OpenAI's shape."""
+"""The HTTP surface: routes, authentication, and every error in OpenAI's shape, or in that of the caller's dialect."""
 
 # No `from __future__ import annotations`: FastAPI resolves the annotations of the routes at run time, and cannot see
 # names that are local to `build_app`.
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import structlog
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -16,12 +16,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.contracts import KeyInfo
 from deployments.ingress.catalog import Catalog, ServedModel
-from deployments.ingress.completion import Completion
-from deployments.ingress.completion_request import parse_completion_request
+from deployments.ingress.completion import ClientGone, Completion
 from deployments.ingress.completion_response import CompletionResponse
+from deployments.ingress.connection import ConnectionMiddleware
+from deployments.ingress.dialect import D3, DIALECTS, Dialect, dialect_of
+from deployments.ingress.documentation import documentation_routes
 from deployments.ingress.errors import (
     ApiError,
     BodyTooLarge,
+    ErrorAnswer,
     InternalError,
     InvalidApiKey,
     MethodNotAllowed,
@@ -30,6 +33,7 @@ from deployments.ingress.errors import (
     UnsupportedMediaType,
 )
 from deployments.ingress.meter_client import MeterClient, MeterUnreachable
+from deployments.ingress.tokenization import Tokenization
 
 __all__ = ["IngressSettings", "build_app"]
 
@@ -40,31 +44,64 @@ log = structlog.get_logger()
 class IngressSettings:
     request_body_limit_bytes: int
     keep_alive_s: float
+    request_timeout_s: float | None = None
+    upload_timeout_s: float = 30.0
+    write_timeout_s: float = 60.0
+    cors_origins: tuple[str, ...] = ()
 
 
 def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -> ASGIApp:
     app = FastAPI(title="Millstream", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
 
-    async def caller(request: Request) -> KeyInfo:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and key.strip():
-            return await meter.authenticate(key.strip())
+    tokenization = Tokenization(catalog)
+
+    async def authenticated(request: Request, dialect: Dialect) -> KeyInfo:
+        key = dialect.key(request.headers)
+        if key:
+            return await meter.authenticate(key)
         try:
             return await meter.authenticate("")  # who it is if the cluster requires no keys
         except InvalidApiKey:
-            raise InvalidApiKey(
-                "You didn't provide an API key. Send it in the header 'Authorization: Bearer KEY'."
-            ) from None
+            raise dialect.missing_key() from None
+
+    async def caller(request: Request) -> KeyInfo:
+        return await authenticated(request, dialect_of(D3.path, request.headers))
 
     Caller = Annotated[KeyInfo, Depends(caller)]
 
-    @app.post("/v1/completions")
-    async def create_completion(request: Request, key: Caller) -> Response:
+    def completions_at(path: str) -> Callable[[Request], Awaitable[Response]]:
+        async def create_completion(request: Request) -> Response:
+            dialect = dialect_of(path, request.headers)
+            try:
+                key = await authenticated(request, dialect)
+                body = await _read_body(request, settings.request_body_limit_bytes)
+                parsed = dialect.parse(body, request.query_params.get("model"))
+                completion = Completion(parsed, catalog.find(parsed.model), key, meter)
+                await completion.admit()
+            except ApiError as error:
+                return _error_response(dialect.answer(error))
+            return CompletionResponse(
+                completion,
+                keep_alive_s=settings.keep_alive_s,
+                deadline_s=settings.request_timeout_s,
+                answer_error=dialect.answer,
+                extras=dialect.extras(str(request.base_url).rstrip("/")),
+            )
+
+        return create_completion
+
+    for path in {dialect.path for dialect in DIALECTS}:
+        app.add_route(path, completions_at(path), methods=["POST"])
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request, _key: Caller) -> Response:
         body = await _read_body(request, settings.request_body_limit_bytes)
-        parsed = parse_completion_request(body)
-        completion = Completion(parsed, catalog.find(parsed.model), key, meter)
-        await completion.admit()
-        return CompletionResponse(completion, keep_alive_s=settings.keep_alive_s)
+        return Response(await tokenization.tokenize(body), media_type="application/json")
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request, _key: Caller) -> Response:
+        body = await _read_body(request, settings.request_body_limit_bytes)
+        return Response(await tokenization.detokenize(body), media_type="application/json")
 
     @app.get("/v1/models")
     async def list_models(_key: Caller) -> dict[str, Any]:
@@ -106,24 +143,33 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
             status_code=200 if ready else 503,
         )
 
+    app.router.routes.extend(documentation_routes())
+
     @app.exception_handler(ApiError)
     async def on_api_error(_request: Request, error: ApiError) -> Response:
-        return _error_response(error)
+        return _error_response(error.answer())
 
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 405:
-            response = _error_response(MethodNotAllowed(f"{request.method} is not allowed on {path}."))
+            response = _error_response(MethodNotAllowed(f"{request.method} is not allowed on {path}.").answer())
             response.headers.update(error.headers or {})
             return response
         return _error_response(
-            RouteNotFound(f"Unknown request URL: {request.method} {path}. Completions are at POST /v1/completions.")
+            RouteNotFound(
+                f"Unknown request URL: {request.method} {path}. Completions are at POST /v1/completions."
+            ).answer()
         )
 
     # Inside of Starlette's own ServerErrorMiddleware, which would answer first, in plain text.
     app.add_middleware(_Unexpected)
-    return _RequestIds(app)
+    return ConnectionMiddleware(
+        app,
+        upload_timeout_s=settings.upload_timeout_s,
+        write_timeout_s=settings.write_timeout_s,
+        cors_origins=settings.cors_origins,
+    )
 
 
 def _model_card(model: ServedModel) -> dict[str, Any]:
@@ -137,7 +183,7 @@ def _model_card(model: ServedModel) -> dict[str, Any]:
 
 
 async def _read_body(request: Request, limit_bytes: int) -> bytes:
-    """The body, read no further than the limit. Raises UnsupportedMediaType, BodyTooLarge."""
+    """The body, read no further than the limit. Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise UnsupportedMediaType(
@@ -154,23 +200,8 @@ async def _read_body(request: Request, limit_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def _error_response(error: ApiError) -> Response:
-    return Response(error.body(), error.status, error.headers(), media_type="application/json")
-
-
-class _RequestIds:
-    """Binds the request id to all log lines of the request. Ray Serve makes it, or takes the caller's x-request-id,
-    and puts it on every answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        with structlog.contextvars.bound_contextvars(request_id=Headers(scope=scope).get("x-request-id", "")):
-            await self._app(scope, receive, send)
+def _error_response(answer: ErrorAnswer) -> Response:
+    return Response(answer.body, answer.status, answer.headers, media_type="application/json")
 
 
 class _Unexpected:
@@ -189,10 +220,10 @@ class _Unexpected:
 
         try:
             await self._app(scope, receive, note_start)
-        except ClientDisconnect:
+        except (ClientDisconnect, ClientGone):
             log.info("client gone before its body was read")
         except Exception:
             log.exception("request failed")
             if started:
                 raise
-            await _error_response(InternalError())(scope, receive, send)
+            await _error_response(InternalError().answer())(scope, receive, send)

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import structlog
@@ -18,13 +19,26 @@ from tokenizers import Tokenizer
 
 from deployments.ingress.engine_pool import EnginePool, PoolLimits
 from deployments.ingress.errors import ModelNotFound
+from deployments.ingress.logprobs import TokenTexts
 
-__all__ = ["Catalog", "CatalogEntry", "ServedModel"]
+__all__ = ["Catalog", "CatalogEntry", "Infilling", "ServedModel"]
 
 log = structlog.get_logger()
 
 _REFRESH_S = 1.0
 _WATCH_S = 0.25
+
+
+class Infilling(BaseModel, frozen=True, extra="forbid"):
+    """The special tokens, as text, by which a model is asked for what comes between a prefix and a suffix."""
+
+    prefix: str
+    suffix: str
+    middle: str
+
+    def prompt(self, prefix: str, suffix: str) -> str:
+        """In the order prefix, suffix, middle, which all common models were trained on."""
+        return f"{self.prefix}{prefix}{self.suffix}{suffix}{self.middle}"
 
 
 class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
@@ -35,6 +49,10 @@ class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
     folder: Path
     """Prepared model; the ingress reads its tokenizer."""
     max_model_len: int
+    fingerprint: str
+    """Of all that shapes what the model answers: `system_fingerprint` on the wire."""
+    priority_scheduling: bool = False
+    infilling: Infilling | None = None
     limits: PoolLimits
 
 
@@ -45,6 +63,10 @@ class ServedModel:
     pool: EnginePool
     created: int
     """Unix time in seconds since which this ingress serves it."""
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        return TokenTexts(self.tokenizer)
 
 
 class Catalog:
@@ -110,7 +132,7 @@ class Catalog:
 
     async def _serve(self, entry: CatalogEntry, served: ServedModel | None) -> ServedModel:
         """`entry` as a served model; keeps the pool, and with it the streams, of the one served before."""
-        tokenizer = await asyncio.to_thread(Tokenizer.from_file, str(entry.folder / "tokenizer.json"))
+        tokenizer = await asyncio.to_thread(_read_tokenizer, entry.folder / "tokenizer.json")
         if served is not None:
             log.info("model changed", model=entry.name)
             served.pool.limits = entry.limits
@@ -151,3 +173,11 @@ class Catalog:
             if now >= stalled_until:
                 for pool in self._pools():
                     pool.check_silence(now)
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(path))
+    # Left in the file by training; transformers, and so vLLM, sets both per call.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

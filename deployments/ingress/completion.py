@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 from uuid import uuid4
 
 import structlog
 
-from deployments.contracts import AdmissionRequest, KeyInfo, Settlement, SettlementStatus
+from deployments.contracts import AdmissionRequest, KeyInfo, Settlement, SettlementStatus, TokenDelta
 from deployments.ingress.catalog import ServedModel
 from deployments.ingress.completion_request import CompletionRequest
 from deployments.ingress.errors import InternalError, InvalidRequest
 from deployments.ingress.generation import Generation, Mailbox
+from deployments.ingress.logprobs import LogprobsWriter, prompt_logprobs_fields
 from deployments.ingress.meter_client import MeterClient
-from deployments.ingress.text_stream import TextStream
-from deployments.ingress.wire import Usage
+from deployments.ingress.text_stream import TextDelta, TextStream
+from deployments.ingress.wire import ChoiceDelta, Usage
 
-__all__ = ["ChoiceDelta", "ClientGone", "Completion"]
+__all__ = ["ClientGone", "Completion"]
 
 log = structlog.get_logger()
 
@@ -31,10 +33,20 @@ class ClientGone(Exception):
     """The client has closed the connection: there is nobody to answer."""
 
 
-class ChoiceDelta(NamedTuple):
-    choice: int
-    text: str
-    finish_reason: Literal["stop", "length"] | None
+@dataclass(slots=True)
+class _Candidate:
+    """One generation and what becomes of its tokens."""
+
+    generation: Generation
+    text: TextStream
+    logprobs: LogprobsWriter | None
+    used: int = 0
+    """Completion tokens that count."""
+    log_probability: float = 0.0
+    """Of the tokens that count, together; known where candidates are ranked."""
+    told: bool = False
+    """It has given a delta."""
+    ended: bool = False
 
 
 class Completion:
@@ -51,28 +63,25 @@ class Completion:
         self._first_token_s: float | None = None
         self._mailbox = Mailbox()
         self._prompts: list[list[int]] = []
-        self._generations: list[Generation] = []
-        self._texts: list[TextStream] = []
-        self._used: list[int] = []
-        """Completion tokens that count, by choice."""
-        self._ended: list[bool] = []
+        self._candidates: list[_Candidate] = []
+        self._running = 0
+        """Candidates that have not ended."""
         self._gone = False
 
     async def admit(self) -> None:
         """Tokenize, check and reserve. Raises ApiError; nothing has to be settled then."""
         request = self.request
-        for token_id in request.stop_token_ids or ():
-            if self.model.tokenizer.id_to_token(token_id) is None:
-                raise InvalidRequest(f"Token id {token_id} is out of vocabulary.", param="stop_token_ids")
+        self._check_model_can()
         try:
             admitted = await self._meter.admit(
                 AdmissionRequest(
                     request_id=self.id,
                     key_id=self._key.key_id,
                     model=request.model,
-                    prompts=request.prompt,
-                    max_tokens=request.max_completion_tokens,
-                    choices=request.choices,
+                    prompts=self._prompts_to_encode(),
+                    max_tokens=max(1, request.tokens_per_choice),
+                    choices=request.candidates,
+                    options=request.prompt_options,
                 )
             )
         except asyncio.CancelledError:  # the client is gone, and the meter may have reserved for it
@@ -80,30 +89,66 @@ class Completion:
             raise
         self._prompts = admitted.token_ids
 
+    def _check_model_can(self) -> None:
+        """What depends on the model, and can be told before an engine is asked. Raises InvalidRequest."""
+        request, model = self.request, self.model
+        if request.suffix is not None and model.entry.infilling is None:
+            raise InvalidRequest(
+                f"The model '{request.model}' cannot fill in text between a prompt and a suffix. Leave suffix out.",
+                param="suffix",
+            )
+        if request.priority and not model.entry.priority_scheduling:
+            raise InvalidRequest(
+                f"The model '{request.model}' serves requests in the order of their arrival. Leave priority out.",
+                param="priority",
+            )
+        for param, token_ids in (
+            ("stop_token_ids", request.stop_token_ids),
+            ("logit_bias", request.logit_bias),
+            ("allowed_token_ids", request.allowed_token_ids),
+            ("logprob_token_ids", request.logprob_token_ids),
+        ):
+            for token_id in token_ids or ():
+                if model.tokenizer.id_to_token(token_id) is None:
+                    raise InvalidRequest(f"Token id {token_id} is out of vocabulary.", param=param)
+
+    def _prompts_to_encode(self) -> list[str | list[int]]:
+        request, infilling = self.request, self.model.entry.infilling
+        if request.suffix is None or infilling is None:
+            return request.prompt
+        if not all(isinstance(prompt, str) for prompt in request.prompt):
+            raise InvalidRequest("suffix is only allowed with a prompt that is text.", param="suffix")
+        return [infilling.prompt(str(prompt), request.suffix) for prompt in request.prompt]
+
     def start(self) -> None:
-        """Hand every choice to the pool."""
+        """Hand every candidate to the pool."""
         request = self.request
         for prompt in self._prompts:
-            for number in range(request.choices):
-                choice = len(self._generations)
-                self._generations.append(Generation(self.id, choice, prompt, request.sampling(number), self._mailbox))
-                self._texts.append(
-                    TextStream(
-                        self.model.tokenizer,
-                        prompt,
-                        stops=request.stop,
-                        include_stop_in_output=bool(request.include_stop_str_in_output),
-                        min_tokens=request.min_tokens or 0,
-                        skip_special_tokens=request.skip_special_tokens is not False,
-                    )
+            for number in range(request.candidates):
+                generation = Generation(self.id, len(self._candidates), prompt, request.sampling(number), self._mailbox)
+                text = TextStream(
+                    self.model.tokenizer,
+                    prompt,
+                    stops=request.stop,
+                    include_stop_in_output=bool(request.include_stop_str_in_output),
+                    min_tokens=request.min_tokens or 0,
+                    skip_special_tokens=request.skip_special_tokens is not False,
+                    spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
                 )
-        self._used = [0] * len(self._generations)
-        self._ended = [False] * len(self._generations)
-        self.model.pool.start(self._generations)
+                writer = None
+                if request.logprobs is not None:
+                    writer = LogprobsWriter(
+                        self.model.token_texts,
+                        top=None if request.logprob_token_ids else request.logprobs,
+                        as_token_ids=bool(request.return_tokens_as_token_ids),
+                    )
+                self._candidates.append(_Candidate(generation, text, writer))
+        self._running = len(self._candidates)
+        self.model.pool.start([candidate.generation for candidate in self._candidates])
 
     @property
     def finished(self) -> bool:
-        return all(self._ended)
+        return not self._running
 
     def client_gone(self) -> None:
         """Wakes `deltas`, which raises ClientGone."""
@@ -115,61 +160,149 @@ class Completion:
         self._mailbox.wake()
 
     async def deltas(self) -> list[ChoiceDelta]:
-        """What the choices gained since the last call. Raises ClientGone, and ApiError when a choice has failed."""
+        """What the candidates, by number, gained since the last call. Raises ClientGone, and ApiError when one has
+        failed."""
         news = await self._mailbox.take()
         if self._gone:
             raise ClientGone
         deltas: list[ChoiceDelta] = []
-        for choice, token_ids, finish_reason, error in news:
+        for number, delta, error in news:
             if error is not None:
                 raise error
-            if finish_reason == "failed":
+            candidate = self._candidates[number]
+            if delta is None or candidate.ended or not (delta.token_ids or delta.finish_reason):
+                continue  # nothing, or tokens behind a stop string, on their way when the engine was told to stop
+            if delta.finish_reason == "refused":
+                raise InvalidRequest(delta.message, param=delta.param)
+            if delta.finish_reason == "failed":
                 raise InternalError
-            if self._ended[choice]:
-                continue  # tokens behind a stop string, on their way when the engine was told to stop
-            if token_ids and self._first_token_s is None:
+            if delta.token_ids and self._first_token_s is None:
                 self._first_token_s = time.perf_counter() - self._clock
-            delta = self._texts[choice].push(token_ids, finish_reason)
-            self._used[choice] += delta.tokens_used
-            if delta.finished is not None:
-                self._ended[choice] = True
-                if finish_reason is None:  # a stop string: the engine knows nothing of it
-                    self.model.pool.abort([self._generations[choice]])
-            if delta.text or delta.finished is not None:
-                deltas.append(ChoiceDelta(choice, delta.text, delta.finished))
+            gained = self._gained(number, candidate, delta)
+            if gained is not None:
+                candidate.told = True
+                deltas.append(gained)
         return deltas
+
+    def _gained(self, number: int, candidate: _Candidate, delta: TokenDelta) -> ChoiceDelta | None:
+        """None when there is nothing to show yet."""
+        request = self.request
+        if request.tokens_per_choice == 0:  # the engine makes one token all the same, for nobody
+            if not delta.token_ids:
+                return None
+            token_ids: list[int] = []
+            text = TextDelta("", 0, "length")
+        else:
+            token_ids = delta.token_ids
+            text = candidate.text.push(token_ids, delta.finish_reason)
+            if text.tokens_used < len(token_ids):
+                token_ids = token_ids[: text.tokens_used]
+        candidate.used += text.tokens_used
+        if text.finished is not None:
+            candidate.ended = True
+            self._running -= 1
+            if delta.finish_reason is None:  # a stop string, say: the engine knows nothing of it
+                self.model.pool.abort([candidate.generation])
+        if self._is_plain:
+            if not text.text and text.finished is None:
+                return None
+            return ChoiceDelta(number, text.text, text.finished, text.stop_reason)
+        return self._detailed(number, candidate, delta, token_ids, text)
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Nobody asked for more than text: most requests, and the least work per token."""
+        request = self.request
+        return (
+            request.logprobs is None
+            and request.prompt_logprobs is None
+            and not request.echo
+            and not request.return_token_ids
+            and request.candidates == request.choices
+        )
+
+    def _detailed(
+        self, number: int, candidate: _Candidate, delta: TokenDelta, token_ids: list[int], text: TextDelta
+    ) -> ChoiceDelta | None:
+        request = self.request
+        prompt = candidate.generation.prompt
+        first = not candidate.told
+        shown = text.text
+        if first and request.echo:
+            shown = self._echo(number // request.candidates) + shown
+        positions = (delta.logprobs or [])[: len(token_ids)]
+        if request.candidates > request.choices:
+            candidate.log_probability += sum(position.logprobs[0] for position in positions)
+        logprobs = None
+        if candidate.logprobs is not None:
+            if first and request.echo:
+                logprobs = candidate.logprobs.prompt(prompt, delta.prompt_logprobs or [])
+                logprobs.extend(candidate.logprobs.generated(token_ids, positions))
+            else:
+                logprobs = candidate.logprobs.generated(token_ids, positions)
+        if not (shown or text.finished or token_ids):
+            return None
+        return ChoiceDelta(
+            number,
+            shown,
+            text.finished,
+            text.stop_reason,
+            logprobs,
+            token_ids=token_ids if request.return_token_ids else None,
+            prompt_token_ids=prompt if first and request.return_token_ids else None,
+            prompt_logprobs=prompt_logprobs_fields(self.model.token_texts, delta.prompt_logprobs)
+            if delta.prompt_logprobs is not None and not request.stream
+            else None,
+        )
+
+    def best(self) -> list[int]:
+        """The candidates that become choices, by prompt: of each its likeliest per token, as at OpenAI."""
+        request = self.request
+        best: list[int] = []
+        for first in range(0, len(self._candidates), request.candidates):
+            numbers = range(first, first + request.candidates)
+            if request.candidates > request.choices:
+                best += sorted(numbers, key=self._likelihood, reverse=True)[: request.choices]
+            else:
+                best += numbers
+        return best
+
+    def _likelihood(self, number: int) -> float:
+        candidate = self._candidates[number]
+        return candidate.log_probability / max(1, candidate.used)
 
     def usage(self) -> Usage:
         """So far."""
+        candidates = self._candidates
+        each = self.request.candidates
         return Usage(
             prompt_tokens=sum(map(len, self._prompts)),
-            completion_tokens=sum(self._used),
+            completion_tokens=sum([candidate.used for candidate in candidates]),
             cached_tokens=sum(
-                max(generation.cached_tokens for generation in self._generations[first : first + self.request.choices])
-                for first in range(0, len(self._generations), self.request.choices)
+                max(candidate.generation.cached_tokens for candidate in candidates[first : first + each])
+                for first in range(0, len(candidates), each)
             ),
         )
 
-    def echo(self, choice: int) -> str:
-        """The prompt of `choice` as text."""
-        number = choice // self.request.choices
+    def _echo(self, number: int) -> str:
+        """The text of prompt `number`: as it was sent, or of the tokens that the model saw instead."""
         prompt = self.request.prompt[number]
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and self.request.truncate_prompt_tokens is None:
             return prompt
-        text: str = self.model.tokenizer.decode(
-            prompt, skip_special_tokens=self.request.skip_special_tokens is not False
-        )
+        text: str = self.model.tokenizer.decode(self._prompts[number], skip_special_tokens=False)
         return text
 
     def settle(self, status: SettlementStatus) -> None:
         """Free the engines and record what was used: for a choice cut short, every token that arrived here."""
-        self.model.pool.abort(self._generations)
-        for choice, generation in enumerate(self._generations):
-            if not self._ended[choice]:
-                self._used[choice] = len(generation.tokens)
+        generations = [candidate.generation for candidate in self._candidates]
+        self.model.pool.abort(generations)
+        if self.request.tokens_per_choice:
+            for candidate in self._candidates:
+                if not candidate.ended:
+                    candidate.used = len(candidate.generation.tokens)
         usage = self.usage()
         total_s = time.perf_counter() - self._clock
-        resumes = sum(generation.resumes for generation in self._generations)
+        resumes = sum(generation.resumes for generation in generations)
         self._meter.settle(
             Settlement(
                 request_id=self.id,
@@ -179,7 +312,7 @@ class Completion:
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=usage.cached_tokens,
                 completion_tokens=usage.completion_tokens,
-                choices=len(self._generations),
+                choices=len(generations),
                 resumes=resumes,
                 started_at=self._started_at,
                 first_token_s=self._first_token_s,

@@ -1,112 +1,260 @@
-"""The body of `POST /v1/completions`: parsed, checked to the last key, and turned into what the engines take.
+"""The body of a completion request: parsed, checked to the last key, and turned into what the engines take.
 
-Names, defaults and ranges are those of OpenAI's Completions reference, and of vLLM's SamplingParams for its extras.
+Names, defaults and ranges are those of OpenAI's Completions reference, and of vLLM 0.32's CompletionRequest for its
+extras; docs/api.md and the OpenAPI document are made from the fields below. Dialects (dialect.py) narrow some of them.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
 
-from deployments.contracts import Sampling
+from deployments.contracts import PromptOptions, RepetitionDetection, Sampling, StructuredOutputs
 from deployments.ingress.errors import InvalidRequest
+from deployments.ingress.parameter_types import (
+    ExtraArguments,
+    JsonSchemaOrText,
+    LogitBias,
+    NotServed,
+    Prompts,
+    Source,
+    Stops,
+    TokenId,
+)
+from deployments.ingress.request_body import INT32_MAX, Body, parse_body
+from deployments.ingress.structured_outputs import ResponseFormat, StructuredOutputsOptions, json_constraint
 
-__all__ = ["CompletionRequest", "StreamOptions", "parse_completion_request"]
+__all__ = ["CompletionRequest", "RepetitionDetectionOptions", "StreamOptions", "parse_completion_request"]
 
 _MAX_GENERATIONS = 1024
-"""Prompts times n of one request."""
-_INT32_MAX = 2**31 - 1
-"""What engines keep in 32 bits. Larger ones would not even fit the messages of contracts.py."""
+"""Prompts times the choices generated for each."""
 
-TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+_SMALLEST_TOP_P = 1e-9
+"""Stands for 0, which OpenAI allows and vLLM does not: only the likeliest token is left."""
 
-
-def _prompts(value: Any) -> list[str | list[int]]:
-    """A text, texts, token ids, or lists of token ids, as a list of prompts."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        kinds = set(map(type, value))
-        if kinds == {str}:
-            return value
-        if kinds == {int}:
-            return [_in_range(value)]
-        if kinds == {list} and all(prompt and set(map(type, prompt)) == {int} for prompt in value):
-            return [_in_range(prompt) for prompt in value]
-    raise ValueError("expected a string, or a non-empty array of strings, of token ids, or of arrays of token ids")
+_OPENAI = Source("OpenAI")
+_VLLM = Source("vLLM")
+_OLDER_VLLM = Source("older vLLM")
 
 
-def _in_range(token_ids: list[int]) -> list[int]:
-    """Those that fit into a message; whether the model knows them is for the meter to say."""
-    if min(token_ids) < -_INT32_MAX or max(token_ids) > _INT32_MAX:
-        raise ValueError("expected token ids of the model")
-    return token_ids
+class StreamOptions(Body):
+    include_usage: Annotated[bool | None, _OPENAI] = False
+    """One more chunk before `[DONE]` has the usage and no choices; all others have `usage: null`."""
+    continuous_usage_stats: Annotated[bool | None, _VLLM] = False
+    """With `include_usage`: every chunk has the usage so far."""
 
 
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and s for s in stops):
-        raise ValueError("expected a non-empty string or an array of up to 4 of them")
-    return tuple(stops)
+class RepetitionDetectionOptions(Body):
+    """Patterns are sequences of tokens."""
+
+    max_pattern_size: int = Field(default=0, ge=0, le=4096)
+    """Longest pattern to look for; 0 looks for none."""
+    min_pattern_size: int = Field(default=0, ge=0, le=4096)
+    """Shortest pattern; 0 stands for 1. At most `max_pattern_size`."""
+    min_count: int = Field(default=0, ge=0, le=INT32_MAX)
+    """Times a pattern repeats until the choice ends; at least 2."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_pattern_size > self.max_pattern_size:
+            raise ValueError("expected min_pattern_size of at most max_pattern_size")
+        if self.max_pattern_size and self.min_count < 2:
+            raise ValueError("expected min_count of at least 2")
+        return self
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+class CompletionRequest(Body):
+    default_temperature: ClassVar[float] = 1.0
 
+    model: Annotated[str, Source("OpenAI; D1, D2, D3")]
+    """Name of the model, as `GET /v1/models` lists it."""
+    prompt: Annotated[Prompts, Source("OpenAI; D1, D2, D3")]
+    """What to complete: a text, texts, token ids, or lists of token ids. Each prompt gets `n` choices."""
+    suffix: Annotated[str | None, _OPENAI] = None
+    """Text behind the gap that the completion fills. Refused for models that were not trained to fill gaps."""
+    max_tokens: Annotated[int | None, Field(ge=0, le=INT32_MAX), Source("OpenAI; D1, D2, D3")] = 16
+    """Tokens of one choice, at most. 0 generates nothing: with `echo` and `logprobs` it scores the prompt."""
+    temperature: Annotated[float | None, Field(ge=0, le=2), Source("OpenAI; D1, D2, D3")] = default_temperature
+    """Randomness of sampling; 0 always takes the likeliest token."""
+    top_p: Annotated[float | None, Field(ge=0, le=1), Source("OpenAI; D1, D3")] = 1.0
+    """Samples among the likeliest tokens whose probabilities add up to this; 0 leaves the likeliest one."""
+    n: Annotated[int | None, Field(ge=1, le=128), Source("OpenAI; D2, D3")] = 1
+    """Choices for each prompt. Prompts times `n` (or `best_of`) are 1024 at most."""
+    best_of: Annotated[int | None, Field(ge=1, le=128), Source("OpenAI; D3")] = None
+    """Generates so many for each prompt and answers the `n` with the highest log probability per token. At least `n`;
+    not with `stream`. All count as completion tokens."""
+    stream: Annotated[bool | None, Source("OpenAI; D1, D2, D3")] = False
+    """Answers as server-sent events while the tokens are generated."""
+    stream_options: Annotated[StreamOptions | None, Source("OpenAI; D1, D2")] = None
+    """Only with `stream`."""
+    logprobs: Annotated[int | None, Field(ge=0, le=5), Source("OpenAI; D3")] = None
+    """Tells the log probability of each token, and of so many of the likeliest at its position."""
+    echo: Annotated[bool | None, Source("OpenAI; D3")] = False
+    """Puts the prompt before the text, and its log probabilities before those of the text."""
+    stop: Annotated[Stops, Source("OpenAI; D1, D2, D3")] = ()
+    """Texts that end a choice; they are not part of its text."""
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2), Source("OpenAI; D3")] = 0.0
+    """Subtracted from the logits of tokens that the text has already."""
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2), Source("OpenAI; D3")] = 0.0
+    """Subtracted from the logit of a token for each time that the text has it."""
+    logit_bias: Annotated[LogitBias, _OPENAI] = None
+    """By token id: added to the token's logit, from -100 to 100."""
+    seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1), Source("OpenAI; D1, D2")] = None
+    """Repeats a sampling, as far as the engine's batches allow. Each further choice of a prompt counts it up by one."""
+    user: Annotated[str | None, _OPENAI] = None
+    """Of no effect: whose tokens they are is told by the key."""
+    top_k: Annotated[int | None, Field(ge=-1, le=INT32_MAX), Source("vLLM; D1")] = 0
+    """Samples among so many of the likeliest tokens; 0 and -1 among all."""
+    min_p: Annotated[float | None, Field(ge=0, le=1), Source("vLLM; D1")] = 0.0
+    """Samples among the tokens that have at least this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=2), _VLLM] = 1.0
+    """Divides the logits of tokens that prompt or text have already; below 1 it favours them."""
+    min_tokens: Annotated[int | None, Field(ge=0, le=INT32_MAX), _VLLM] = 0
+    """Tokens before which nothing ends a choice; at most `max_tokens`."""
+    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=128), _VLLM] = None
+    """Tokens that end a choice; they are not part of its text."""
+    ignore_eos: Annotated[bool | None, _VLLM] = False
+    """The model's end of text does not end a choice."""
+    include_stop_str_in_output: Annotated[bool | None, Source("vLLM; D1")] = False
+    """What ended a choice, a text of `stop` or a token, is part of its text."""
+    skip_special_tokens: Annotated[bool | None, Source("vLLM; D1")] = True
+    """Special tokens leave no trace in the text."""
+    spaces_between_special_tokens: Annotated[bool | None, _VLLM] = True
+    """Spaces around the special tokens of a text. Only with `skip_special_tokens` false."""
+    return_tokens_as_token_ids: Annotated[bool | None, Source("vLLM; D1")] = False
+    """`logprobs` names tokens as `token_id:123`."""
+    return_token_ids: Annotated[bool | None, _VLLM] = False
+    """Choices have `prompt_token_ids` and `token_ids` too."""
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=20), _VLLM] = None
+    """Choices tell the log probability of each token of the prompt, and of so many of the likeliest at its position.
+    Not with `stream`."""
+    logprob_token_ids: Annotated[list[TokenId] | None, Field(min_length=1, max_length=128), _VLLM] = None
+    """`logprobs` tells these tokens at each generated position instead of the likeliest. Only with `logprobs`."""
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=-1, le=INT32_MAX), _VLLM] = None
+    """Cuts longer prompts down to so many tokens; -1 to what the context has room for. Not 0."""
+    truncation_side: Annotated[Literal["left", "right"] | None, _VLLM] = None
+    """Where they are cut: `right` (also when null) keeps the first tokens, `left` the last."""
+    add_special_tokens: Annotated[bool | None, _VLLM] = True
+    """Prompts get the special tokens that the model's tokenizer puts around a text."""
+    allowed_token_ids: Annotated[list[TokenId] | None, Field(min_length=1), _VLLM] = None
+    """Samples among these tokens only."""
+    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=128), _VLLM] = None
+    """Texts that are not generated."""
+    response_format: Annotated[ResponseFormat | None, _VLLM] = None
+    """Form of the output, as in OpenAI's chat completions. Only one of this, `structured_outputs` and `guided_…`."""
+    structured_outputs: Annotated[StructuredOutputsOptions | None, _VLLM] = None
+    """Form of the output, in vLLM's words."""
+    guided_json: Annotated[JsonSchemaOrText, _OLDER_VLLM] = None
+    """The same as `structured_outputs.json`."""
+    guided_regex: Annotated[Annotated[str, Field(min_length=1)] | None, _OLDER_VLLM] = None
+    """The same as `structured_outputs.regex`."""
+    guided_choice: Annotated[list[str] | None, Field(min_length=1), _OLDER_VLLM] = None
+    """The same as `structured_outputs.choice`."""
+    guided_grammar: Annotated[Annotated[str, Field(min_length=1)] | None, _OLDER_VLLM] = None
+    """The same as `structured_outputs.grammar`."""
+    repetition_detection: Annotated[RepetitionDetectionOptions | None, _VLLM] = None
+    """Ends a choice that repeats itself."""
+    thinking_token_budget: Annotated[int | None, Field(ge=-1, le=INT32_MAX), _VLLM] = None
+    """Tokens that a reasoning model may think, at most; -1 sets no limit."""
+    priority: Annotated[int | None, Field(ge=-(2**31), le=INT32_MAX), _VLLM] = 0
+    """Lower is served earlier. Other than 0 only where the engine's scheduling policy is `priority`."""
+    cache_salt: Annotated[Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}$")] | None, _VLLM] = None
+    """Only requests of the same salt share the prefix cache. Without `@`, `/`, `\\` and NUL."""
+    stream_interval: Annotated[int | None, Field(ge=1, le=INT32_MAX), _VLLM] = None
+    """Tokens in one chunk of a stream, but for its first and its last."""
+    vllm_xargs: Annotated[ExtraArguments, _VLLM] = None
+    """For logits processors and plugins that the operator has installed in the engine."""
+    session_id: Annotated[Annotated[str, Field(max_length=256)] | None, _VLLM] = None
+    """Of no effect."""
+    request_id: Annotated[Annotated[str, Field(max_length=256)] | None, _VLLM] = None
+    """Of no effect: the answer's `id` is the server's. Send `x-request-id` to name a request."""
 
-class StreamOptions(_Body):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-
-
-class CompletionRequest(_Body):
-    model: str
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
-    max_tokens: int | None = Field(default=16, ge=1, le=_INT32_MAX)
-    temperature: float | None = Field(default=1.0, ge=0, le=2)
-    top_p: float | None = Field(default=1.0, gt=0, le=1)
-    n: int | None = Field(default=1, ge=1, le=128)
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    echo: bool | None = False
-    user: str | None = None
-    # vLLM's extras
-    top_k: int | None = Field(default=0, ge=-1, le=_INT32_MAX)
-    min_p: float | None = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=1.0, gt=0, le=2)
-    min_tokens: int | None = Field(default=0, ge=0)
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
-    ignore_eos: bool | None = False
-    skip_special_tokens: bool | None = True
-    include_stop_str_in_output: bool | None = False
+    prompt_embeds: Annotated[None, NotServed("prompts are texts or token ids, not embeddings"), _VLLM] = None
+    use_beam_search: Annotated[
+        bool | None, NotServed("beam search is not supported; use n and best_of", neutral=False), _VLLM
+    ] = False
+    length_penalty: Annotated[
+        float | None, NotServed("it belongs to beam search, which is not supported", neutral=1.0), _VLLM
+    ] = 1.0
+    watermarking: Annotated[bool | None, NotServed("the engines have no watermark", neutral=False), _VLLM] = None
+    kv_transfer_params: Annotated[None, NotServed("transfers between engines are up to the cluster"), _VLLM] = None
+    ec_transfer_params: Annotated[None, NotServed("transfers between engines are up to the cluster"), _VLLM] = None
+    routed_experts_prompt_start: Annotated[
+        int | None, NotServed("the routing of experts is not told", neutral=0), _VLLM
+    ] = 0
+    return_token_offsets: Annotated[
+        bool | None, NotServed("offsets are not told; logprobs has text_offset", neutral=False), _VLLM
+    ] = False
+    mm_payload: Annotated[str | None, NotServed("prompts have text only", neutral="tensors"), _VLLM] = None
+    return_mm_kwargs: Annotated[bool | None, NotServed("prompts have text only", neutral=True), _VLLM] = None
+    guided_decoding_backend: Annotated[None, NotServed("the engine chooses the backend itself"), _OLDER_VLLM] = None
+    guided_whitespace_pattern: Annotated[
+        None, NotServed("use structured_outputs with whitespace_pattern"), _OLDER_VLLM
+    ] = None
 
     @property
     def choices(self) -> int:
-        """Per prompt."""
+        """Answered per prompt."""
         return self.n or 1
 
     @property
-    def max_completion_tokens(self) -> int:
-        """Per choice."""
-        return self.max_tokens or 16
+    def candidates(self) -> int:
+        """Generated per prompt; the best become choices."""
+        return max(self.choices, self.best_of or 1)
 
-    def sampling(self, choice: int) -> Sampling:
-        """For the `choice`-th of a prompt's n: each samples with a seed of its own, counted up as in vLLM.
+    @property
+    def tokens_per_choice(self) -> int:
+        """Completion tokens of one choice, at most."""
+        return 16 if self.max_tokens is None else self.max_tokens
 
-        After the largest seed comes the smallest.
+    @property
+    def prompt_options(self) -> PromptOptions:
+        return PromptOptions(
+            add_special_tokens=self.add_special_tokens is not False,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+            truncation_side=self.truncation_side or "right",
+        )
+
+    @property
+    def prompt_positions(self) -> int | None:
+        """How many of the likeliest tokens the engine must tell at each position of the prompt."""
+        if self.prompt_logprobs is None and self.echo:
+            return self.logprobs
+        return self.prompt_logprobs
+
+    def constraint(self) -> StructuredOutputs | None:
+        """What the output must conform to, from whichever parameter says it."""
+        if self.response_format is not None and (constraint := self.response_format.constraint()) is not None:
+            return constraint
+        if self.structured_outputs is not None:
+            return self.structured_outputs.constraint()
+        if self.guided_json is not None:
+            return json_constraint(self.guided_json)
+        if self.guided_regex is not None:
+            return StructuredOutputs(regex=self.guided_regex)
+        if self.guided_choice is not None:
+            return StructuredOutputs(choice=tuple(self.guided_choice))
+        if self.guided_grammar is not None:
+            return StructuredOutputs(grammar=self.guided_grammar)
+        return None
+
+    def sampling(self, candidate: int) -> Sampling:
+        """For the `candidate`-th of a prompt: each samples with a seed of its own, counted up as in vLLM.
+
+        After the largest seed comes the smallest. Ranking candidates takes the probability of each token chosen; a
+        prompt that is only scored takes one token to be generated, which nobody sees or pays.
         """
-        seed = None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
+        seed = None if self.seed is None else (self.seed + candidate + 2**63) % 2**64 - 2**63
+        logprobs = self.logprobs if not self.logprob_token_ids else None
+        if self.candidates > self.choices and self.logprobs is None:
+            logprobs = 0
+        detection = self.repetition_detection
         return Sampling(
-            max_tokens=self.max_completion_tokens,
+            max_tokens=max(1, self.tokens_per_choice),
             min_tokens=self.min_tokens or 0,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=self.default_temperature if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else max(self.top_p, _SMALLEST_TOP_P),
             top_k=max(0, self.top_k or 0),
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -115,61 +263,77 @@ class CompletionRequest(_Body):
             seed=seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_positions,
+            logprob_token_ids=tuple(self.logprob_token_ids) if self.logprob_token_ids else None,
+            logit_bias=self.logit_bias or None,
+            allowed_token_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
+            bad_words=tuple(self.bad_words or ()),
+            structured_outputs=self.constraint(),
+            repetition_detection=None
+            if detection is None
+            else RepetitionDetection(detection.max_pattern_size, detection.min_pattern_size, detection.min_count),
+            thinking_token_budget=self.thinking_token_budget,
+            stream_interval=self.stream_interval if self.stream else None,
+            extra_args=dict(self.vllm_xargs) if self.vllm_xargs else None,
+            priority=self.priority or 0,
+            cache_salt=self.cache_salt,
         )
 
+    def check_combination(self) -> None:
+        """What one parameter forbids of another. Raises InvalidRequest."""
+        if self.best_of is not None and self.best_of < self.choices:
+            raise InvalidRequest(f"best_of is {self.best_of}; expected at least n, {self.choices}.", param="best_of")
+        if self.stream and (self.best_of or 1) > 1:
+            raise InvalidRequest("best_of cannot be streamed: set stream to false, or best_of to 1.", param="best_of")
+        if len(self.prompt) * self.candidates > _MAX_GENERATIONS:
+            name = "n" if self.best_of is None else "best_of"
+            raise InvalidRequest(
+                f"{len(self.prompt)} prompts with {name}={self.candidates} make more than {_MAX_GENERATIONS} choices.",
+                param=name,
+            )
+        if (self.min_tokens or 0) > self.tokens_per_choice:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens}; expected at most max_tokens, {self.tokens_per_choice}.",
+                param="min_tokens",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only allowed when stream is true.", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest(
+                "prompt_logprobs cannot be streamed: set stream to false, or use echo with logprobs.",
+                param="prompt_logprobs",
+            )
+        if self.logprob_token_ids and (self.logprobs is None or self.tokens_per_choice == 0):
+            raise InvalidRequest(
+                "logprob_token_ids is only allowed with logprobs, and with max_tokens of at least 1.",
+                param="logprob_token_ids",
+            )
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidRequest(
+                "truncate_prompt_tokens is 0, which leaves no prompt; expected at least 1, or -1 for as many as fit.",
+                param="truncate_prompt_tokens",
+            )
+        constraints = {
+            "response_format": self.response_format is not None and self.response_format.type != "text",
+            "structured_outputs": self.structured_outputs is not None,
+            "guided_json": self.guided_json is not None,
+            "guided_regex": self.guided_regex is not None,
+            "guided_choice": self.guided_choice is not None,
+            "guided_grammar": self.guided_grammar is not None,
+        }
+        given = [name for name, is_given in constraints.items() if is_given]
+        if len(given) > 1:
+            raise InvalidRequest(f"Only one of {' and '.join(given)} can be given.", param=given[1])
+        if self.suffix is not None and self.echo and self.logprobs is not None:
+            raise InvalidRequest("suffix cannot be combined with echo and logprobs.", param="suffix")
 
-def parse_completion_request(body: bytes) -> CompletionRequest:
-    """Raises InvalidRequest that names the first wrong parameter and says what was expected."""
-    try:
-        request = CompletionRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise _explained(error.errors(include_url=False, include_context=True)[0]) from None
-    if len(request.prompt) * request.choices > _MAX_GENERATIONS:
-        raise InvalidRequest(
-            f"{len(request.prompt)} prompts with n={request.choices} make more than {_MAX_GENERATIONS} choices.",
-            param="n",
-        )
-    if (request.min_tokens or 0) > request.max_completion_tokens:
-        raise InvalidRequest(
-            f"min_tokens is {request.min_tokens}; expected at most max_tokens, {request.max_completion_tokens}.",
-            param="min_tokens",
-        )
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("stream_options is only allowed when stream is true.", param="stream_options")
+
+R = TypeVar("R", bound=CompletionRequest)
+
+
+def parse_completion_request(body: bytes, kind: type[R]) -> R:
+    """`kind` narrows CompletionRequest to a dialect. Raises InvalidRequest."""
+    request = parse_body(body, kind)
+    request.check_combination()
     return request
-
-
-_KINDS: dict[str, str] = {
-    "int_type": "an integer",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "a string",
-    "list_type": "an array",
-    "model_type": "an object",
-    "string_unicode": "text that is valid Unicode",
-}
-
-
-def _explained(error: pydantic_core.ErrorDetails) -> InvalidRequest:
-    kind, context = error["type"], error.get("ctx", {})
-    param = ".".join(str(part) for part in error["loc"])
-    if kind == "json_invalid":
-        return InvalidRequest(f"The body is not valid JSON: {context['error']}.")
-    if not error["loc"]:
-        return InvalidRequest("The body must be a JSON object.")
-    if kind == "missing":
-        return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
-    if kind == "extra_forbidden":
-        return InvalidRequest(f"Unrecognized request argument supplied: {param}.", param=param)
-    if kind == "value_error":
-        expected = str(context["error"])
-    elif kind == "too_long":
-        expected = f"expected an array of at most {context['max_length']}"
-    elif kind in _KINDS:
-        expected = f"expected {_KINDS[kind]}"
-    else:
-        message = error["msg"]
-        expected = message[0].lower() + message[1:].replace("Input should", "should")
-        expected = expected.replace("input should be", "expected a value")
-    return InvalidRequest(f"Invalid value for '{param}': {expected}.", param=param)

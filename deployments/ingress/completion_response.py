@@ -6,17 +6,18 @@ Both watch the connection while the engines work, and settle exactly once, howev
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deployments.contracts import SettlementStatus
-from deployments.ingress.completion import ChoiceDelta, ClientGone, Completion
-from deployments.ingress.errors import ApiError, InternalError
-from deployments.ingress.wire import DONE, KEEP_ALIVE, ChunkTemplate, completion_body, error_event
+from deployments.ingress.completion import ClientGone, Completion
+from deployments.ingress.errors import ApiError, DeadlineExceeded, ErrorAnswer, InternalError
+from deployments.ingress.wire import DONE, KEEP_ALIVE, Choice, ChoiceDelta, ChunkTemplate, completion_body, error_event
 
 __all__ = ["CompletionResponse"]
 
@@ -28,10 +29,29 @@ class CompletionResponse(Response):
 
     media_type = None
 
-    def __init__(self, completion: Completion, *, keep_alive_s: float) -> None:
-        """`keep_alive_s`: an SSE comment is written when the stream was idle for so long."""
+    def __init__(
+        self,
+        completion: Completion,
+        *,
+        keep_alive_s: float,
+        deadline_s: float | None = None,
+        answer_error: Callable[[ApiError], ErrorAnswer] = ApiError.answer,
+        extras: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`keep_alive_s`: an SSE comment is written when the stream was idle for so long. `deadline_s`: the request
+        fails when it takes longer. `answer_error` and `extras`, fields of the answer, are the dialect's."""
         self._completion = completion
         self._keep_alive_s = keep_alive_s
+        self._deadline_s = deadline_s
+        self._answer_error = answer_error
+        self._head = {
+            **extras,
+            "id": completion.id,
+            "object": "text_completion",
+            "created": completion.created,
+            "model": completion.request.model,
+            "system_fingerprint": completion.model.entry.fingerprint,
+        }
         self._started = False
         self.background = None
 
@@ -39,7 +59,7 @@ class CompletionResponse(Response):
         completion = self._completion
         status: SettlementStatus = "cancelled"  # also when Serve cancels the request because the client is gone
         try:
-            async with _watched(completion, receive):
+            async with _watched(completion, receive), self._deadline():
                 completion.start()
                 if completion.request.stream:
                     await self._stream(send)
@@ -58,47 +78,42 @@ class CompletionResponse(Response):
         finally:
             completion.settle(status)
 
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        limit = asyncio.timeout(self._deadline_s)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"The request took longer than {self._deadline_s:g} s. Ask for fewer tokens, or retry it when there is "
+                "less load."
+            ) from None
+
     async def _answer(self, send: Send) -> None:
         completion = self._completion
-        choices: dict[int, list[str]] = {}
-        reasons: dict[int, ChoiceDelta] = {}
+        deltas: dict[int, list[ChoiceDelta]] = {}
         while not completion.finished:
             for delta in await completion.deltas():
-                choices.setdefault(delta.choice, []).append(delta.text)
-                reasons[delta.choice] = delta
-        echo = completion.echo if completion.request.echo else lambda _choice: ""
-        body = completion_body(
-            completion.id,
-            completion.created,
-            completion.request.model,
-            [
-                (echo(choice) + "".join(choices[choice]), reasons[choice].finish_reason or "length")
-                for choice in range(len(choices))
-            ],
-            completion.usage(),
-        )
-        await _send_whole(send, 200, body)
+                deltas.setdefault(delta.choice, []).append(delta)
+        choices = [Choice.joined(index, deltas[number]) for index, number in enumerate(completion.best())]
+        await _send_whole(send, 200, completion_body(self._head, choices, completion.usage()))
 
     async def _stream(self, send: Send) -> None:
         completion = self._completion
         options = completion.request.stream_options
-        usage_follows = options is not None and options.include_usage
-        continuous = usage_follows and options is not None and options.continuous_usage_stats  # as in vLLM
-        template = ChunkTemplate(
-            completion.id, completion.created, completion.request.model, usage_follows=usage_follows
-        )
-        echoed: set[int] = set()
+        usage_follows = options is not None and bool(options.include_usage)
+        continuous = usage_follows and options is not None and bool(options.continuous_usage_stats)  # as in vLLM
+        template = ChunkTemplate(self._head, usage_follows=usage_follows)
         idle = _IdleTimer(self._keep_alive_s, completion.wake)
         try:
             while not completion.finished:
-                chunks: list[bytes] = []
-                for choice, delta, finish_reason in await completion.deltas():
-                    text = delta
-                    if completion.request.echo and choice not in echoed:
-                        echoed.add(choice)
-                        text = completion.echo(choice) + delta
-                    usage = completion.usage() if continuous else None
-                    chunks.append(template.text(choice, text, finish_reason, usage))
+                chunks = [
+                    template.chunk(delta, completion.usage() if continuous else None)
+                    for delta in await completion.deltas()
+                ]
                 if completion.finished:
                     if usage_follows:
                         chunks.append(template.usage(completion.usage()))
@@ -121,7 +136,8 @@ class CompletionResponse(Response):
         if self._started:
             await self._send(send, error_event(error.body()), more=False)
         else:
-            await _send_whole(send, error.status, error.body(), error.headers())
+            answer = self._answer_error(error)
+            await _send_whole(send, answer.status, answer.body, answer.headers)
 
 
 class _IdleTimer:

@@ -30,14 +30,25 @@ class IngressDeployment:
         engine_deployment: str,
         request_body_limit_bytes: int,
         keep_alive_s: float,
+        request_timeout_s: float | None,
         admission_timeout_s: float,
+        upload_timeout_s: float,
+        write_timeout_s: float,
+        cors_origins: list[str],
     ) -> None:
         configure_logging()
         self._pools = ServePools(engine_deployment)
         self._ingress_id = serve.get_replica_context().replica_id.unique_id
         self._meter = MeterClient(ServeMeter(meter), admission_timeout_s=admission_timeout_s)
         self._catalog = Catalog(self._pools.existing, self._open_pool)
-        self._settings = IngressSettings(request_body_limit_bytes, keep_alive_s)
+        self._settings = IngressSettings(
+            request_body_limit_bytes,
+            keep_alive_s,
+            request_timeout_s,
+            upload_timeout_s=upload_timeout_s,
+            write_timeout_s=write_timeout_s,
+            cors_origins=tuple(cors_origins),
+        )
         self._running = False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's hook for apps made per replica

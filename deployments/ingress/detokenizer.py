@@ -48,9 +48,20 @@ class Detokenizer:
     """Tokens since then."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
+        self._contents: dict[int, str] | None = None
+        """Of added tokens, where two in a row are written without what the decoder puts between them."""
+        if not (skip_special_tokens or spaces_between_special_tokens):
+            decoder = tokenizer.get_added_tokens_decoder()
+            self._contents = {token_id: token.content for token_id, token in decoder.items()}
+        self._after_added = False
         self._skip_special_tokens = skip_special_tokens
         self._restart([])
         self._unfinished_prompt = ""
@@ -59,7 +70,8 @@ class Detokenizer:
             text = self._decode(tail)
             if text and not text.endswith(_REPLACEMENT):
                 break
-        self.push(tail)
+        for token_id in tail:
+            self._step(token_id)
         if len(self._pending) > _CHARACTER_TOKENS:  # then only a last character can be unfinished
             self._settle()
         if self._pending:
@@ -68,7 +80,14 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that `token_ids` complete; `""` while a character is incomplete."""
-        text = "".join([self._step(token_id) for token_id in token_ids])
+        pieces = [self._step(token_id) for token_id in token_ids]
+        if self._contents is not None:
+            for place, token_id in enumerate(token_ids):
+                content = self._contents.get(token_id)
+                if content is not None and self._after_added:
+                    pieces[place] = content
+                self._after_added = content is not None
+        text = "".join(pieces)
         if text and self._unfinished_prompt:
             unfinished, self._unfinished_prompt = self._unfinished_prompt, ""
             if not text.startswith(unfinished):  # its last character has been completed and is output

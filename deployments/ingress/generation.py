@@ -1,4 +1,4 @@
-"""One choice of one prompt on its way through the replicas, and the mailbox its request reads.
+"""One candidate of one prompt on its way through the replicas, and the mailbox its request reads.
 
 A generation outlives the replica it runs on: it keeps every token that arrived, so that it can go on elsewhere from
 prompt + tokens. A token counts when it arrives here, once, whichever replica made it.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from deployments.contracts import FinishReason, Sampling, Submission, TokenDelta
+from deployments.contracts import Sampling, Submission, TokenDelta
 from deployments.ingress.errors import ApiError
 
 if TYPE_CHECKING:
@@ -21,11 +21,10 @@ __all__ = ["Generation", "Mailbox", "News", "Placement"]
 
 
 class News(NamedTuple):
-    """What a generation gained; with an error it has ended without a finish reason."""
+    """What a generation gained, or the error with which it ended."""
 
-    choice: int
-    token_ids: list[int]
-    finish_reason: FinishReason | None
+    candidate: int
+    delta: TokenDelta | None
     error: ApiError | None = None
 
 
@@ -66,9 +65,12 @@ class Mailbox:
 class Generation:
     """The state that survives a replica."""
 
-    def __init__(self, request_id: str, choice: int, prompt: list[int], sampling: Sampling, mailbox: Mailbox) -> None:
+    def __init__(
+        self, request_id: str, candidate: int, prompt: list[int], sampling: Sampling, mailbox: Mailbox
+    ) -> None:
         self.request_id = request_id
-        self.choice = choice
+        self.candidate = candidate
+        """Its number in the request, over all prompts."""
         self.prompt = prompt
         self.sampling = sampling
         self.tokens: list[int] = []
@@ -91,6 +93,7 @@ class Generation:
                 sampling,
                 max_tokens=sampling.max_tokens - len(self.tokens),
                 min_tokens=max(0, sampling.min_tokens - len(self.tokens)),
+                prompt_logprobs=None,  # told already, with the first token
             )
         return Submission(
             generation=number,
@@ -108,7 +111,7 @@ class Generation:
             self.tokens += delta.token_ids
         if delta.finish_reason is not None:
             self.ended = True
-        self._mailbox.put(News(self.choice, delta.token_ids, delta.finish_reason))
+        self._mailbox.put(News(self.candidate, delta))
 
     def lost(self) -> None:
         """The replica is gone; the generation is about to be placed on another."""
@@ -119,4 +122,4 @@ class Generation:
     def fail(self, error: ApiError) -> None:
         if not self.ended:
             self.ended = True
-            self._mailbox.put(News(self.choice, [], None, error))
+            self._mailbox.put(News(self.candidate, None, error))

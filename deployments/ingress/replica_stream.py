@@ -120,9 +120,13 @@ class ReplicaStream:
         connection = self._connections
         numbered: dict[int, Generation] = {}
         for generation in generations:
+            if generation.ended:
+                continue  # aborted since it was assigned to this replica: it had no placement to be aborted at
             self._numbers += 1
             generation.placement = Placement(self, self._numbers)
             numbered[self._numbers] = generation
+        if not numbered:
+            return []
         self.generations |= numbered
         self._unreported += len(numbered)
         self._submitting |= numbered.keys()

@@ -6,11 +6,14 @@ from bytes: a third of the time of building a dictionary and dumping it with msg
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-__all__ = ["DONE", "KEEP_ALIVE", "ChunkTemplate", "Usage", "completion_body", "error_event"]
+from deployments.ingress.logprobs import Logprobs
+
+__all__ = ["DONE", "KEEP_ALIVE", "Choice", "ChoiceDelta", "ChunkTemplate", "Usage", "completion_body", "error_event"]
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -34,32 +37,80 @@ class Usage(msgspec.Struct, frozen=True):
         }
 
 
-class ChunkTemplate:
-    """The chunks of one stream: all have the same id, created and model."""
+class ChoiceDelta(NamedTuple):
+    """What one choice gained."""
 
-    def __init__(self, completion_id: str, created: int, model: str, *, usage_follows: bool) -> None:
-        """`usage_follows`: the stream ends with a usage chunk, so all others say `"usage":null`."""
-        head = _to_json({"id": completion_id, "object": "text_completion", "created": created, "model": model})
-        self._head = b"data: " + head[:-1] + b',"choices":['
+    choice: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: int | str | None = None
+    logprobs: Logprobs | None = None
+    token_ids: list[int] | None = None
+    """Where asked for, and so the next."""
+    prompt_token_ids: list[int] | None = None
+    """With the choice's first delta."""
+    prompt_logprobs: Sequence[Mapping[str, Any] | None] | None = None
+    """The same."""
+
+
+class Choice(msgspec.Struct, omit_defaults=True):
+    """One choice as a whole, in the order of the wire. Source: the Completions reference; from `stop_reason` on, vLLM's
+    CompletionResponseChoice."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: Sequence[Mapping[str, Any] | None] | None = None
+
+    @classmethod
+    def joined(cls, index: int, deltas: Sequence[ChoiceDelta]) -> Choice:
+        """Of all deltas of one candidate, at least one, the last of which has the reason."""
+        first, last = deltas[0], deltas[-1]
+        logprobs = None
+        if first.logprobs is not None:
+            logprobs = Logprobs()
+            for delta in deltas:
+                if delta.logprobs is not None:
+                    logprobs.extend(delta.logprobs)
+        return cls(
+            index,
+            "".join([delta.text for delta in deltas]),
+            logprobs,
+            last.finish_reason or "length",
+            last.stop_reason,
+            None if first.token_ids is None else [each for delta in deltas for each in delta.token_ids or ()],
+            first.prompt_token_ids,
+            first.prompt_logprobs,
+        )
+
+
+class ChunkTemplate:
+    """The chunks of one stream: all have the same head."""
+
+    def __init__(self, head: Mapping[str, Any], *, usage_follows: bool) -> None:
+        """`head`: id, object, created, model and what else all chunks share. `usage_follows`: the stream ends with a
+        usage chunk, so all others say `"usage":null`."""
+        self._head = b"data: " + _to_json(head)[:-1] + b',"choices":['
         self._index = self._head + b'{"index":'
         self._tail = b'}],"usage":null}\n\n' if usage_follows else b"}]}\n\n"
 
-    def text(
-        self,
-        index: int,
-        text: str,
-        finish_reason: Literal["stop", "length"] | None,
-        usage: Usage | None = None,
-    ) -> bytes:
-        """A delta of choice `index`; with `usage` as it is so far where the caller asked for it on every chunk."""
-        reason = b'"%b"' % finish_reason.encode() if finish_reason else b"null"
-        tail = self._tail if usage is None else b'}],"usage":%b}\n\n' % _to_json(usage.fields())
-        return b'%b%d,"text":%b,"logprobs":null,"finish_reason":%b%b' % (
+    def chunk(self, delta: ChoiceDelta, usage: Usage | None = None) -> bytes:
+        """With `usage` as it is so far where the caller asked for it on every chunk."""
+        reason = b"null"
+        if delta.finish_reason is not None:
+            reason = b'"%b","stop_reason":%b' % (delta.finish_reason.encode(), _to_json(delta.stop_reason))
+        return b'%b%d,"text":%b,"logprobs":%b,"finish_reason":%b%b%b' % (
             self._index,
-            index,
-            _to_json(text),
+            delta.choice,
+            _to_json(delta.text),
+            b"null" if delta.logprobs is None else _to_json(delta.logprobs),
             reason,
-            tail,
+            b"" if delta.token_ids is None else _token_ids(delta),
+            self._tail if usage is None else b'}],"usage":%b}\n\n' % _to_json(usage.fields()),
         )
 
     def usage(self, usage: Usage) -> bytes:
@@ -67,29 +118,18 @@ class ChunkTemplate:
         return b'%b],"usage":%b}\n\n' % (self._head, _to_json(usage.fields()))
 
 
+def _token_ids(delta: ChoiceDelta) -> bytes:
+    fields = {"token_ids": delta.token_ids}
+    if delta.prompt_token_ids is not None:
+        fields["prompt_token_ids"] = delta.prompt_token_ids
+    return b"," + _to_json(fields)[1:-1]
+
+
 def error_event(body: bytes) -> bytes:
     """An error after the first byte; no DONE follows, so the client raises it."""
     return b"data: %b\n\n" % body
 
 
-def completion_body(
-    completion_id: str,
-    created: int,
-    model: str,
-    choices: list[tuple[str, Literal["stop", "length"]]],
-    usage: Usage,
-) -> bytes:
-    """The answer of a request that does not stream; `choices` are text and finish reason by index."""
-    return _to_json(
-        {
-            "id": completion_id,
-            "object": "text_completion",
-            "created": created,
-            "model": model,
-            "choices": [
-                {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-                for index, (text, reason) in enumerate(choices)
-            ],
-            "usage": usage.fields(),
-        }
-    )
+def completion_body(head: Mapping[str, Any], choices: Sequence[Choice], usage: Usage) -> bytes:
+    """The answer of a request that does not stream."""
+    return _to_json({**head, "choices": choices, "usage": usage.fields()})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from deployments.contracts import AdmissionRefused, AdmissionRequest, Admitted, KeyInfo, Settlement
+from deployments.contracts import AdmissionRefused, AdmissionRequest, Admitted, KeyInfo, PromptOptions, Settlement
 from deployments.meter.catalogue import Catalogue, MeteredModel
 from deployments.meter.errors import TokenOutOfVocabulary
 from deployments.meter.keys import Authenticator
@@ -57,15 +57,23 @@ class Meter:
         entry = self._catalogue.find(request.model)
         if entry is None:
             return AdmissionRefused("model_not_found", f"The model `{request.model}` does not exist.", param="model")
-        max_model_len = entry.model.max_model_len
+        max_model_len, options = entry.model.max_model_len, request.options
+        prompts = request.prompts
+        keep = options.truncate_prompt_tokens
+        if keep == -1:
+            keep = max(1, max_model_len - request.max_tokens)
+        if keep is not None:
+            prompts = [_truncated(prompt, keep, options) if isinstance(prompt, list) else prompt for prompt in prompts]
         # Before their ids are looked at: megabytes of them would hold the event loop.
-        for prompt in request.prompts:
+        for prompt in prompts:
             if isinstance(prompt, list) and len(prompt) + request.max_tokens > max_model_len:
                 return _context_exceeded(max_model_len, len(prompt), request.max_tokens)
         try:
-            token_ids = await entry.tokenizer.encode(request.prompts)
+            token_ids = await entry.tokenizer.encode(prompts, add_special_tokens=options.add_special_tokens)
         except TokenOutOfVocabulary as error:
             return AdmissionRefused("token_out_of_vocabulary", str(error), param="prompt")
+        if keep is not None:
+            token_ids = [_truncated(ids, keep, options) for ids in token_ids]
         lengths = [len(ids) for ids in token_ids]
         if not all(lengths):
             return AdmissionRefused(
@@ -109,6 +117,10 @@ class Meter:
         """Stops tokenizing, writes the settlements that wait, closes the ledger. Safe twice."""
         self._threads.close()
         await self._ledger.close()
+
+
+def _truncated(token_ids: list[int], keep: int, options: PromptOptions) -> list[int]:
+    return token_ids[:keep] if options.truncation_side == "right" else token_ids[-keep:]
 
 
 def _context_exceeded(max_model_len: int, prompt_tokens: int, max_tokens: int) -> AdmissionRefused:

@@ -28,7 +28,7 @@ on most machines. More goes to a thread, whose hop costs about 0.15 ms and lets 
 
 
 class PromptTokenizer:
-    """Encodes prompts as `folder/tokenizer.json` says, special tokens added as vLLM's completions server does.
+    """Encodes prompts as `folder/tokenizer.json` says, special tokens added by default as in vLLM's completions server.
 
     The file is read at the first use and kept; a changed file needs a new PromptTokenizer. A failed reading
     is not kept: the next use tries again.
@@ -40,15 +40,15 @@ class PromptTokenizer:
         self._loading = asyncio.Lock()
         self._loaded: _LoadedTokenizer | None = None
 
-    async def encode(self, prompts: list[str | list[int]]) -> list[list[int]]:
+    async def encode(self, prompts: list[str | list[int]], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each prompt; a prompt that is token ids already is checked and returned as it is.
 
         Raises TokenOutOfVocabulary, TokenizerUnavailable, and MeterBusy when too many long prompts wait.
         """
         loaded = self._loaded or await self._load()
         if sum(map(len, prompts)) <= INLINE_SIZE:
-            return loaded.encode(prompts)
-        return await self._threads.run(partial(loaded.encode, prompts))
+            return loaded.encode(prompts, add_special_tokens)
+        return await self._threads.run(partial(loaded.encode, prompts, add_special_tokens))
 
     async def _load(self) -> _LoadedTokenizer:
         async with self._loading:
@@ -74,12 +74,12 @@ class _LoadedTokenizer:
         last_added: int = max(self._tokenizer.get_added_tokens_decoder(), default=-1)
         self._vocabulary_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), last_added + 1)
 
-    def encode(self, prompts: list[str | list[int]]) -> list[list[int]]:
-        return [self._encode_one(prompt) for prompt in prompts]
+    def encode(self, prompts: list[str | list[int]], add_special_tokens: bool) -> list[list[int]]:
+        return [self._encode_one(prompt, add_special_tokens) for prompt in prompts]
 
-    def _encode_one(self, prompt: str | list[int]) -> list[int]:
+    def _encode_one(self, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer.encode_batch_fast([prompt], add_special_tokens=True)[0].ids
+            ids: list[int] = self._tokenizer.encode_batch_fast([prompt], add_special_tokens=add_special_tokens)[0].ids
             return ids
         if prompt:
             for extreme in (min(prompt), max(prompt)):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.contracts import FinishReason, Sampling
+from deployments.contracts import FinishReason, PositionLogprobs, Sampling
 from deployments.engine.engine import Engine
 from deployments.engine.vllm_engine import VllmEngine, VllmSettings
 
@@ -45,6 +45,10 @@ class Receiver:
         self.tokens: list[int] = []
         self.finishes: list[FinishReason] = []
         self.cached_tokens: list[int] = []
+        self.logprobs: list[PositionLogprobs] = []
+        self.prompt_logprobs: list[PositionLogprobs | None] = []
+        self.message = ""
+        self.param: str | None = None
         self._news = asyncio.Event()
 
     def __call__(
@@ -54,8 +58,14 @@ class Receiver:
         *,
         cached_tokens: int = 0,
         message: str = "",
+        param: str | None = None,
+        logprobs: list[PositionLogprobs] | None = None,
+        prompt_logprobs: list[PositionLogprobs | None] | None = None,
     ) -> None:
         self.tokens += token_ids
+        self.logprobs += logprobs or []
+        self.prompt_logprobs += prompt_logprobs or []
+        self.message, self.param = message, param
         self.cached_tokens.append(cached_tokens)
         if finish_reason is not None:
             self.finishes.append(finish_reason)
@@ -118,5 +128,6 @@ def vllm_engine(model: Path, *, stall_timeout_s: float) -> VllmEngine:
         kv_cache_gib=1,
         enforce_eager=True,
         enable_prefix_caching=True,
+        scheduling_policy="priority",
     )
     return VllmEngine(settings, max_waiting=MAX_WAITING, stall_timeout_s=stall_timeout_s)

@@ -108,6 +108,58 @@ async def test_the_same_seed_gives_the_same_tokens(engine: Engine) -> None:
     assert first != other
 
 
+# --- log probabilities ------------------------------------------------------------------------------------------------
+
+
+async def test_log_probabilities_come_only_where_asked_for(engine: Engine) -> None:
+    receiver = await complete(engine, "a", PROMPT, greedy(4))
+    assert receiver.logprobs == []
+    assert receiver.prompt_logprobs == []
+
+
+@pytest.mark.parametrize("likeliest", [0, 3])
+async def test_each_token_comes_with_its_log_probability_and_those_of_the_likeliest(
+    engine: Engine, likeliest: int
+) -> None:
+    plain = await complete(engine, "plain", PROMPT, greedy(4))
+    receiver = await complete(engine, "told", PROMPT, greedy(4, logprobs=likeliest))
+    assert receiver.tokens == plain.tokens
+    assert [position.token_ids[0] for position in receiver.logprobs] == receiver.tokens
+    for position in receiver.logprobs:
+        assert len(position.token_ids) == max(1, likeliest) == len(set(position.token_ids))
+        assert position.ranks == sorted(position.ranks) == list(range(1, len(position.ranks) + 1))
+        assert position.logprobs == sorted(position.logprobs, reverse=True)
+        assert max(position.logprobs) <= 0
+
+
+async def test_a_token_that_is_not_the_likeliest_comes_before_those_that_are(engine: Engine) -> None:
+    likely = (await complete(engine, "likely", PROMPT, greedy(1, logprobs=2))).logprobs[0].token_ids
+    receiver = await complete(engine, "told", [*PROMPT, 7, 8], greedy(1, prompt_logprobs=2))
+    after_prompt = receiver.prompt_logprobs[len(PROMPT)]
+    assert after_prompt is not None
+    assert after_prompt.token_ids == [7, *likely]
+    assert after_prompt.ranks[0] > 2
+    assert after_prompt.ranks[1:] == [1, 2]
+    assert after_prompt.logprobs[0] < after_prompt.logprobs[2] <= after_prompt.logprobs[1]
+
+
+async def test_the_prompts_log_probabilities_come_once_for_all_tokens_but_the_first(engine: Engine) -> None:
+    prompt = list(range(3000, 3100))
+    for run in range(2):  # a cached prefix must not hide them
+        receiver = await complete(engine, str(run), prompt, greedy(3, prompt_logprobs=0))
+        assert receiver.prompt_logprobs[0] is None
+        assert [position and position.token_ids for position in receiver.prompt_logprobs[1:]] == [
+            [token] for token in prompt[1:]
+        ]
+        assert not any(receiver.cached_tokens)
+
+
+async def test_log_probabilities_of_chosen_tokens_come_where_asked_for(engine: Engine) -> None:
+    receiver = await complete(engine, "a", PROMPT, greedy(2, logprob_token_ids=(900, 901)))
+    for token, position in zip(receiver.tokens, receiver.logprobs, strict=True):
+        assert position.token_ids == [token, 900, 901]
+
+
 # --- the end of a generation ------------------------------------------------------------------------------------------
 
 
@@ -125,10 +177,12 @@ async def test_stop_tokens_end_nothing_before_min_tokens(engine: Engine) -> None
     assert len(receiver.tokens) > 6
 
 
-async def test_a_generation_that_can_never_run_fails_once(engine: Engine) -> None:
+async def test_a_generation_that_can_never_run_is_refused_once(engine: Engine) -> None:
     receiver = await complete(engine, "too long", [1000] * 5000, greedy(4))
     assert receiver.tokens == []
-    assert receiver.finishes == ["failed"]
+    assert receiver.finishes == ["refused"]
+    assert receiver.message
+    assert "/" not in receiver.message
     assert (await complete(engine, "next", PROMPT, greedy(2))).finishes == ["length"]
 
 

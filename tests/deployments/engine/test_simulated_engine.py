@@ -51,9 +51,7 @@ async def test_an_engine_without_a_queue_still_fills_its_batch() -> None:
 
 
 async def test_an_engine_whose_loop_breaks_is_dead_and_says_so() -> None:
-    def broken(
-        token_ids: list[int], finish_reason: FinishReason | None, *, cached_tokens: int = 0, message: str = ""
-    ) -> None:
+    def broken(token_ids: list[int], finish_reason: FinishReason | None, **_told: object) -> None:
         raise RuntimeError("told so by the test")
 
     engine = simulated()

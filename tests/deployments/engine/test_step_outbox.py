@@ -43,7 +43,7 @@ async def test_an_idle_outbox_sends_each_push_at_once() -> None:
     puller = asyncio.create_task(pull())
     assert (await received.get()).deltas == []
     for token in range(20):
-        outbox.push(7, [token], None)
+        outbox.push(TokenDelta(7, [token], None))
         assert (await received.get()).deltas == [TokenDelta(7, [token])]
     outbox.close()
     await puller
@@ -52,11 +52,11 @@ async def test_an_idle_outbox_sends_each_push_at_once() -> None:
 async def test_pushes_that_were_not_pulled_are_merged_in_order() -> None:
     outbox = idle_outbox()
     async with aclosing(await opened(outbox)) as steps:
-        outbox.push(1, [10], None, cached_tokens=64)
-        outbox.push(2, [20], None)
-        outbox.push(1, [11, 12], None)
-        outbox.push(2, [21], "length")
-        outbox.push(1, [13], "stop_token")
+        outbox.push(TokenDelta(1, [10], None, cached_tokens=64))
+        outbox.push(TokenDelta(2, [20], None))
+        outbox.push(TokenDelta(1, [11, 12], None))
+        outbox.push(TokenDelta(2, [21], "length"))
+        outbox.push(TokenDelta(1, [13], "stop_token"))
         assert (await anext(steps)).deltas == [
             TokenDelta(1, [10, 11, 12, 13], "stop_token", 64),
             TokenDelta(2, [20, 21], "length"),
@@ -66,17 +66,17 @@ async def test_pushes_that_were_not_pulled_are_merged_in_order() -> None:
 async def test_a_failure_keeps_its_words_and_the_tokens_before_it() -> None:
     outbox = idle_outbox()
     async with aclosing(await opened(outbox)) as steps:
-        outbox.push(1, [10], None)
-        outbox.push(1, [], "failed", message="OutOfBlocks")
+        outbox.push(TokenDelta(1, [10], None))
+        outbox.push(TokenDelta(1, [], "failed", message="OutOfBlocks"))
         assert (await anext(steps)).deltas == [TokenDelta(1, [10], "failed", 0, "OutOfBlocks")]
 
 
 async def test_what_was_pulled_is_not_sent_again() -> None:
     outbox = idle_outbox()
     async with aclosing(await opened(outbox)) as steps:
-        outbox.push(1, [10], None, cached_tokens=64)
+        outbox.push(TokenDelta(1, [10], None, cached_tokens=64))
         await anext(steps)
-        outbox.push(1, [11], None)
+        outbox.push(TokenDelta(1, [11], None))
         assert (await anext(steps)).deltas == [TokenDelta(1, [11])]
 
 
@@ -84,10 +84,10 @@ async def test_pushing_changes_neither_the_pushed_list_nor_a_message_that_was_ta
     outbox = idle_outbox()
     async with aclosing(await opened(outbox)) as steps:
         pushed = [10]
-        outbox.push(1, pushed, None)
-        outbox.push(1, [11], None)
+        outbox.push(TokenDelta(1, pushed, None))
+        outbox.push(TokenDelta(1, [11], None))
         taken = await anext(steps)
-        outbox.push(1, [12], None)
+        outbox.push(TokenDelta(1, [12], None))
         assert pushed == [10]
         assert taken.deltas == [TokenDelta(1, [10, 11])]
 
@@ -105,14 +105,14 @@ async def test_a_push_after_a_heartbeat_is_delivered() -> None:
     outbox = idle_outbox(heartbeat_s=0.001)
     async with aclosing(await opened(outbox)) as steps:
         assert (await anext(steps)).deltas == []
-        outbox.push(1, [10], None)
+        outbox.push(TokenDelta(1, [10], None))
         assert (await anext(steps)).deltas == [TokenDelta(1, [10])]
 
 
 async def test_closing_ends_the_stream_after_what_was_pushed() -> None:
     outbox = idle_outbox()
     steps = await opened(outbox)
-    outbox.push(1, [10], None)
+    outbox.push(TokenDelta(1, [10], None))
     outbox.close()
     assert [step.deltas async for step in steps] == [[TokenDelta(1, [10])]]
 
@@ -130,12 +130,12 @@ async def test_closing_wakes_a_receiver_that_waits() -> None:
 async def test_an_engine_that_goes_on_does_not_keep_a_closed_stream_open() -> None:
     outbox = idle_outbox()
     steps = await opened(outbox)
-    outbox.push(1, [10], None)
+    outbox.push(TokenDelta(1, [10], None))
     outbox.close()
     seen = []
     async for step in steps:
         seen += step.deltas
-        outbox.push(1, [11], None)
+        outbox.push(TokenDelta(1, [11], None))
     assert seen == [TokenDelta(1, [10])]
 
 
@@ -148,8 +148,8 @@ async def test_an_outbox_closed_before_it_is_read_ends_after_one_message() -> No
 async def test_what_an_aborted_generation_left_is_dropped() -> None:
     outbox = idle_outbox()
     async with aclosing(await opened(outbox)) as steps:
-        outbox.push(1, [10], None)
-        outbox.push(2, [20], None)
+        outbox.push(TokenDelta(1, [10], None))
+        outbox.push(TokenDelta(2, [20], None))
         outbox.forget(1)
         outbox.forget(3)
         assert (await anext(steps)).deltas == [TokenDelta(2, [20])]
@@ -167,7 +167,7 @@ async def test_a_receiver_that_never_pulls_costs_one_delta_per_generation() -> N
     outbox = idle_outbox()
     async with aclosing(await opened(outbox)) as steps:
         for token in range(3000):
-            outbox.push(token % 3, [token], None)
+            outbox.push(TokenDelta(token % 3, [token], None))
         assert [delta.token_ids for delta in (await anext(steps)).deltas] == [
             list(range(generation, 3000, 3)) for generation in range(3)
         ]
@@ -193,7 +193,7 @@ def test_every_token_is_sent_once_in_order_and_sequence_numbers_have_no_gaps(scr
         news = False
         for token, generation in enumerate(script):
             if generation is not None:
-                outbox.push(generation, [token], None)
+                outbox.push(TokenDelta(generation, [token], None))
                 pushed.setdefault(generation, []).append(token)
                 news = True
             elif news:  # else the receiver would wait for the heartbeat

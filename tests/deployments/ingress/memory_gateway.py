@@ -103,7 +103,14 @@ async def gateway(
         stack.push_async_callback(catalog.close)
         await catalog.replace(
             [
-                CatalogEntry(name=name, application=f"model-{name}", folder=folder, max_model_len=2048, limits=limits)
+                CatalogEntry(
+                    name=name,
+                    application=f"model-{name}",
+                    folder=folder,
+                    max_model_len=2048,
+                    fingerprint="fp_1",
+                    limits=limits,
+                )
                 for name in models
             ]
         )

@@ -13,8 +13,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from deployments.contracts import KeyInfo, Sampling
-from deployments.ingress.completion import ChoiceDelta, Completion
+from deployments.ingress.completion import Completion
 from deployments.ingress.meter_client import MeterUnreachable
+from deployments.ingress.wire import ChoiceDelta
 from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, text_of
 from tests.deployments.ingress.memory_gateway import BODY_LIMIT_BYTES, Exchange, Gateway, gateway
 from tests.deployments.ingress.memory_meter import ADMIN_KEY, USER_KEY
@@ -65,7 +66,16 @@ async def test_a_completion(tmp_path: Path) -> None:
         assert body == {
             "object": "text_completion",
             "model": "m",
-            "choices": [{"index": 0, "text": made_up("hello"), "logprobs": None, "finish_reason": "length"}],
+            "system_fingerprint": "fp_1",
+            "choices": [
+                {
+                    "index": 0,
+                    "text": made_up("hello"),
+                    "logprobs": None,
+                    "finish_reason": "length",
+                    "stop_reason": None,
+                }
+            ],
             "usage": usage(5, 16),
         }
         settled = await gate.settlement()
@@ -193,7 +203,9 @@ async def test_a_stream(tmp_path: Path) -> None:
         assert done == "[DONE]"
         [id_] = {chunk["id"] for chunk in chunks}
         [created] = {chunk["created"] for chunk in chunks}
-        assert all(chunk.keys() == {"id", "object", "created", "model", "choices"} for chunk in chunks)
+        assert all(
+            chunk.keys() == {"id", "object", "created", "model", "system_fingerprint", "choices"} for chunk in chunks
+        )
         assert {(chunk["object"], chunk["model"]) for chunk in chunks} == {("text_completion", "m")}
         assert text_in(chunks) == made_up("hello")
         assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 15 + ["length"]
@@ -395,7 +407,7 @@ async def test_the_content_type_may_have_parameters(tmp_path: Path) -> None:
 @in_virtual_time
 async def test_invalid_requests_reach_no_engine_and_no_ledger(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
-        assert_error(await gate.complete(max_tokens=0), 400, None, param="max_tokens")
+        assert_error(await gate.complete(max_tokens=-1), 400, None, param="max_tokens")
         assert_error(await gate.complete(unheard_of=1), 400, None, param="unheard_of")
         assert_error(await gate.complete(prompt=[]), 400, None, param="prompt")
         assert_error(await gate.complete(max_tokens=10**30), 400, None, param="max_tokens")
@@ -452,9 +464,9 @@ async def test_no_replica_is_503_after_the_hold_time(tmp_path: Path) -> None:
 
 
 @in_virtual_time
-async def test_what_no_engine_can_run_is_500(tmp_path: Path) -> None:
+async def test_what_no_engine_can_run_is_400(tmp_path: Path) -> None:
     async with gateway(tmp_path, settings=replace(SETTINGS, kv_blocks=2)) as gate:
-        assert_error(await gate.complete(max_tokens=100), 500, None)
+        assert_error(await gate.complete(max_tokens=100), 400, None, words="KV blocks")
         assert (await gate.settlement()).status == "failed"
 
 
@@ -691,3 +703,17 @@ async def test_ready_means_routes_meter_and_a_model(tmp_path: Path) -> None:
         assert await readiness(gate) == (503, {**ready, "status": "not ready", "meter": False})
         gate.meter.answering.set()
         assert await readiness(gate) == (200, ready)
+
+
+@pytest.mark.parametrize("turns", range(40))
+@pytest.mark.parametrize("streamed", [True, False])
+@in_virtual_time
+async def test_a_client_that_leaves_at_any_moment_frees_the_engine(tmp_path: Path, streamed: bool, turns: int) -> None:
+    async with gateway(tmp_path) as gate:
+        exchange = gate.request(stream=streamed, max_tokens=1000)
+        for _ in range(turns):  # of the event loop
+            await asyncio.sleep(0)
+        exchange.hang_up()
+        await exchange.task
+        await asyncio.sleep(0.1)  # for the abort to follow its submission
+        assert gate.sequences == 0

@@ -57,7 +57,12 @@ def folder(tmp_path: Path) -> Path:
 
 def entry(name: str, folder: Path, *, max_model_len: int = 64) -> CatalogEntry:
     return CatalogEntry(
-        name=name, application=f"model-{name}", folder=folder, max_model_len=max_model_len, limits=LIMITS
+        name=name,
+        application=f"model-{name}",
+        folder=folder,
+        max_model_len=max_model_len,
+        fingerprint="fp_1",
+        limits=LIMITS,
     )
 
 

@@ -9,12 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.contracts import Sampling, Submission, pack
-from deployments.ingress.completion_request import CompletionRequest, parse_completion_request
+from deployments.contracts import PromptOptions, RepetitionDetection, Sampling, StructuredOutputs, Submission, pack
+from deployments.ingress import completion_request
+from deployments.ingress.completion_request import CompletionRequest
 from deployments.ingress.errors import InvalidRequest
 
 PROMPTS = "expected a string, or a non-empty array of strings, of token ids, or of arrays of token ids"
 STOPS = "expected a non-empty string or an array of up to 4 of them"
+
+
+def parse_completion_request(body: bytes) -> CompletionRequest:
+    return completion_request.parse_completion_request(body, CompletionRequest)
 
 
 def parse(**fields: Any) -> CompletionRequest:
@@ -55,9 +60,10 @@ def refusal(name: str, literal: str) -> str:
 
 def test_defaults_are_those_of_openai() -> None:
     request = parse()
-    assert (request.prompt, request.choices, request.max_completion_tokens, request.stop) == (["p"], 1, 16, ())
+    assert (request.prompt, request.choices, request.candidates, request.tokens_per_choice) == (["p"], 1, 1, 16)
     assert request.sampling(0) == Sampling(max_tokens=16)
-    assert (request.stream, request.echo) == (False, False)
+    assert (request.stop, request.stream, request.echo, request.prompt_positions) == ((), False, False, None)
+    assert request.prompt_options == PromptOptions()
 
 
 @pytest.mark.parametrize(
@@ -83,18 +89,15 @@ def test_stop_may_be_a_text_or_up_to_four(stop: Any, stops: tuple[str, ...]) -> 
     assert parse(stop=stop).stop == stops
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty"),
-        *("stream", "stream_options", "echo", "user", "top_k", "min_p", "repetition_penalty", "min_tokens"),
-        *("stop_token_ids", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output"),
-    ],
-)
+OPTIONAL = [name for name, field in CompletionRequest.model_fields.items() if not field.is_required()]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
 def test_null_is_the_default(name: str) -> None:
     default, request = parse(), parse(**{name: None})
     assert request.sampling(0) == default.sampling(0)
-    assert (request.choices, request.stop) == (default.choices, default.stop)
+    assert (request.choices, request.candidates, request.stop) == (1, 1, ())
+    assert request.prompt_options == default.prompt_options
     assert bool(request.stream) == bool(default.stream)
     assert (request.skip_special_tokens is False) == (default.skip_special_tokens is False)
 
@@ -113,8 +116,142 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         "seed": -5,
         "stop_token_ids": [1, 2],
         "ignore_eos": True,
+        "logprobs": 2,
+        "logit_bias": {"3": 1, "4": -100},
+        "allowed_token_ids": [5, 6],
+        "bad_words": ["a"],
+        "thinking_token_budget": 9,
+        "priority": -4,
+        "cache_salt": "salt",
+        "repetition_detection": {"max_pattern_size": 4, "min_count": 2},
+        "vllm_xargs": {"text": "a", "number": 0.5, "list": [1, "b"]},
+        "prompt_logprobs": 3,
     }
-    assert parse(**fields).sampling(0) == Sampling(**{**fields, "stop_token_ids": (1, 2)})
+    expected = {
+        **fields,
+        "stop_token_ids": (1, 2),
+        "logit_bias": {3: 1.0, 4: -100.0},
+        "allowed_token_ids": (5, 6),
+        "bad_words": ("a",),
+        "repetition_detection": RepetitionDetection(4, 0, 2),
+    }
+    expected["extra_args"] = expected.pop("vllm_xargs")
+    assert parse(**fields).sampling(0) == Sampling(**expected)
+
+
+def test_a_stream_interval_is_for_streams() -> None:
+    assert parse(stream_interval=4, stream=True).sampling(0).stream_interval == 4
+    assert parse(stream_interval=4).sampling(0).stream_interval is None
+
+
+def test_a_top_p_of_zero_leaves_the_likeliest_token() -> None:
+    assert parse(top_p=0).sampling(0).top_p == 1e-9  # vLLM refuses 0
+
+
+def test_no_tokens_are_one_for_the_engine() -> None:
+    request = parse(max_tokens=0)
+    assert (request.tokens_per_choice, request.sampling(0).max_tokens) == (0, 1)
+
+
+def test_what_the_engine_tells_of_the_prompt() -> None:
+    assert parse(echo=True, logprobs=2).prompt_positions == 2
+    assert parse(echo=True, logprobs=2, prompt_logprobs=5).prompt_positions == 5
+    assert parse(logprobs=2).prompt_positions is None
+    assert parse(echo=True).prompt_positions is None
+
+
+def test_tokens_named_for_logprobs_replace_the_likeliest() -> None:
+    sampling = parse(logprobs=2, logprob_token_ids=[7, 8]).sampling(0)
+    assert (sampling.logprobs, sampling.logprob_token_ids) == (None, (7, 8))
+
+
+def test_candidates_are_ranked_by_their_log_probabilities() -> None:
+    request = parse(n=2, best_of=3)
+    assert (request.choices, request.candidates, request.sampling(0).logprobs) == (2, 3, 0)
+    assert parse(n=2, best_of=2).sampling(0).logprobs is None
+    assert parse(n=2, best_of=3, logprobs=4).sampling(0).logprobs == 4
+
+
+def test_prompt_options_are_those_of_vllm() -> None:
+    request = parse(add_special_tokens=False, truncate_prompt_tokens=9, truncation_side="left")
+    assert request.prompt_options == PromptOptions(False, 9, "left")
+    assert parse(truncate_prompt_tokens=-1).prompt_options == PromptOptions(True, -1, "right")
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TAG = {"type": "structural_tag", "format": {"type": "any_text"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "constraint"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, StructuredOutputs(json_object=True)),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
+                }
+            },
+            StructuredOutputs(json=json.dumps(SCHEMA)),
+        ),
+        ({"response_format": TAG}, StructuredOutputs(structural_tag=json.dumps(TAG))),
+        ({"structured_outputs": {"json": SCHEMA}}, StructuredOutputs(json=json.dumps(SCHEMA))),
+        ({"structured_outputs": {"json": "{}"}}, StructuredOutputs(json="{}")),
+        ({"structured_outputs": {"regex": "a+"}}, StructuredOutputs(regex="a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutputs(choice=("a", "b"))),
+        ({"structured_outputs": {"grammar": "root ::= 'a'"}}, StructuredOutputs(grammar="root ::= 'a'")),
+        ({"structured_outputs": {"json_object": True}}, StructuredOutputs(json_object=True)),
+        ({"structured_outputs": {"structural_tag": "{}"}}, StructuredOutputs(structural_tag="{}")),
+        (
+            {
+                "structured_outputs": {
+                    "json": "{}",
+                    "json_object": False,
+                    "disable_any_whitespace": True,
+                    "disable_additional_properties": True,
+                    "whitespace_pattern": " ",
+                }
+            },
+            StructuredOutputs(
+                json="{}",
+                disable_any_whitespace=True,
+                disable_additional_properties=True,
+                whitespace_pattern=" ",
+            ),
+        ),
+        ({"guided_json": SCHEMA}, StructuredOutputs(json=json.dumps(SCHEMA))),
+        ({"guided_json": "{}"}, StructuredOutputs(json="{}")),
+        ({"guided_regex": "a+"}, StructuredOutputs(regex="a+")),
+        ({"guided_choice": ["a"]}, StructuredOutputs(choice=("a",))),
+        ({"guided_grammar": "g"}, StructuredOutputs(grammar="g")),
+        ({"response_format": {"type": "text"}, "guided_regex": "a"}, StructuredOutputs(regex="a")),
+    ],
+)
+def test_the_form_of_the_output(fields: dict[str, Any], constraint: StructuredOutputs | None) -> None:
+    sampling = parse(**fields).sampling(0)
+    assert sampling.structured_outputs == constraint
+    pack(Submission(1, "req", [1], sampling))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt_embeds": None},
+        {"use_beam_search": False},
+        {"length_penalty": 1.0},
+        {"length_penalty": 1},
+        {"watermarking": False},
+        {"routed_experts_prompt_start": 0},
+        {"return_token_offsets": False},
+        {"mm_payload": "tensors"},
+        {"return_mm_kwargs": True},
+        {"request_id": "r", "session_id": "s", "user": "u"},
+    ],
+)
+def test_what_has_no_effect_in_vllm_either_is_accepted(fields: dict[str, Any]) -> None:
+    assert parse(**fields).sampling(0) == parse().sampling(0)
 
 
 def test_top_k_of_minus_one_considers_all_tokens() -> None:
@@ -138,9 +275,9 @@ def test_seeds_that_count_up_stay_in_64_bits(seed: int) -> None:
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_tokens", [1, 2**31 - 1]),
+        ("max_tokens", [0, 1, 2**31 - 1]),
         ("temperature", [0, 2, 0.0, 2.0]),
-        ("top_p", [1e-9, 1]),
+        ("top_p", [0, 1]),
         ("n", [1, 128]),
         ("seed", [-(2**63), 2**63 - 1]),
         ("presence_penalty", [-2, 2]),
@@ -151,6 +288,19 @@ def test_seeds_that_count_up_stay_in_64_bits(seed: int) -> None:
         ("min_tokens", [0, 16]),
         ("stop_token_ids", [[], [0], [2**31 - 1] * 128]),
         ("user", ["", "x" * 10_000]),
+        ("suffix", ["", "\n"]),
+        ("logprobs", [0, 5]),
+        ("prompt_logprobs", [0, 20]),
+        ("best_of", [1, 128]),
+        ("truncate_prompt_tokens", [-1, 1, 2**31 - 1]),
+        ("truncation_side", ["left", "right"]),
+        ("allowed_token_ids", [[0], [2**31 - 1] * 500]),
+        ("bad_words", [[], ["a"] * 128]),
+        ("thinking_token_budget", [-1, 0, 2**31 - 1]),
+        ("priority", [-(2**31), 2**31 - 1]),
+        ("cache_salt", ["s", "s" * 128]),
+        ("stream_interval", [1, 2**31 - 1]),
+        ("vllm_xargs", [{}, {"a": [], "b": 2**63 - 1, "c": -(2**63)}]),
     ],
 )
 def test_the_ends_of_each_range_belong_to_it(name: str, values: list[Any]) -> None:
@@ -169,7 +319,13 @@ NO_NUMBERS = ["true", '"1"', "[1]", "{}"]
 NOT_FINITE = ["NaN", "Infinity", "-Infinity", "1e400"]
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "n", "seed", "top_k", "min_tokens"])
+INTEGERS = [
+    *("max_tokens", "n", "best_of", "logprobs", "seed", "top_k", "min_tokens", "prompt_logprobs", "priority"),
+    *("truncate_prompt_tokens", "thinking_token_budget", "stream_interval"),
+]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("literal", NO_INTEGERS)
 def test_integers_are_integers(name: str, literal: str) -> None:
     assert refusal(name, literal) == AN_INTEGER
@@ -184,13 +340,19 @@ def test_numbers_are_finite_numbers(name: str) -> None:
     assert {refusal(name, literal) for literal in NOT_FINITE} == {FINITE}
 
 
-@pytest.mark.parametrize("name", ["stream", "echo", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output"])
+FLAGS = [
+    *("stream", "echo", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "add_special_tokens"),
+    *("spaces_between_special_tokens", "return_tokens_as_token_ids", "return_token_ids"),
+]
+
+
+@pytest.mark.parametrize("name", FLAGS)
 @pytest.mark.parametrize("literal", ["1", "0", '"true"', "[]", "1.0"])
 def test_flags_are_true_or_false(name: str, literal: str) -> None:
     assert refusal(name, literal) == "expected true or false."
 
 
-@pytest.mark.parametrize("name", ["model", "user"])
+@pytest.mark.parametrize("name", ["model", "user", "suffix", "cache_salt", "session_id", "request_id", "guided_regex"])
 @pytest.mark.parametrize("literal", ["1", "true", "[]", '["m"]', "{}"])
 def test_names_are_strings(name: str, literal: str) -> None:
     assert refusal(name, literal) == "expected a string."
@@ -199,17 +361,16 @@ def test_names_are_strings(name: str, literal: str) -> None:
 @pytest.mark.parametrize(
     ("name", "literal", "expected"),
     [
-        ("max_tokens", "0", "greater than or equal to 1"),
-        ("max_tokens", "-1", "greater than or equal to 1"),
+        ("max_tokens", "-1", "greater than or equal to 0"),
         ("max_tokens", str(2**31), f"less than or equal to {2**31 - 1}"),
         ("max_tokens", "9" * 30, f"less than or equal to {2**31 - 1}"),
         ("temperature", "-0.1", "greater than or equal to 0"),
         ("temperature", "2.1", "less than or equal to 2"),
-        ("top_p", "0", "greater than 0"),
+        ("top_p", "-0.1", "greater than or equal to 0"),
         ("top_p", "1.1", "less than or equal to 1"),
         ("n", "0", "greater than or equal to 1"),
         ("n", "10000", "less than or equal to 128"),
-        ("seed", str(2**63), f"less than {2**63}"),
+        ("seed", str(2**63), f"less than or equal to {2**63 - 1}"),
         ("seed", str(-(2**63) - 1), f"greater than or equal to {-(2**63)}"),
         ("presence_penalty", "2.1", "less than or equal to 2"),
         ("presence_penalty", "-2.1", "greater than or equal to -2"),
@@ -222,6 +383,18 @@ def test_names_are_strings(name: str, literal: str) -> None:
         ("repetition_penalty", "0", "greater than 0"),
         ("repetition_penalty", "2.1", "less than or equal to 2"),
         ("min_tokens", "-1", "greater than or equal to 0"),
+        ("min_tokens", str(2**31), f"less than or equal to {2**31 - 1}"),
+        ("best_of", "0", "greater than or equal to 1"),
+        ("best_of", "129", "less than or equal to 128"),
+        ("logprobs", "-1", "greater than or equal to 0"),
+        ("logprobs", "6", "less than or equal to 5"),
+        ("prompt_logprobs", "-1", "greater than or equal to 0"),
+        ("prompt_logprobs", "21", "less than or equal to 20"),
+        ("truncate_prompt_tokens", "-2", "greater than or equal to -1"),
+        ("thinking_token_budget", "-2", "greater than or equal to -1"),
+        ("priority", str(2**31), f"less than or equal to {2**31 - 1}"),
+        ("priority", str(-(2**31) - 1), f"greater than or equal to {-(2**31)}"),
+        ("stream_interval", "0", "greater than or equal to 1"),
     ],
 )
 def test_numbers_out_of_range_are_told_the_range(name: str, literal: str, expected: str) -> None:
@@ -239,7 +412,7 @@ def test_no_other_form_of_prompt(literal: str) -> None:
     assert refusal("prompt", literal) == f"{PROMPTS}."
 
 
-@pytest.mark.parametrize("literal", ["[" + "9" * 30 + "]", "[[1], [-" + "9" * 30 + "]]", f"[{2**31}]"])
+@pytest.mark.parametrize("literal", ["[" + "9" * 30 + "]", "[[1], [-" + "9" * 30 + "]]", f"[{2**31}]", "[-1]"])
 def test_token_ids_of_no_model(literal: str) -> None:
     assert refusal("prompt", literal) == "expected token ids of the model."
 
@@ -264,6 +437,127 @@ def test_no_other_form_of_stop(literal: str) -> None:
 def test_stop_token_ids_are_up_to_128_token_ids(literal: str, param: str, expected: str) -> None:
     error = refused(b'{"model":"m","prompt":"p","stop_token_ids":%b}' % literal.encode())
     assert (error.param, error.message) == (param, f"Invalid value for '{param}': {expected}.")
+
+
+BIASES = "expected an object of up to 1024 token ids, each with a number from -100 to 100."
+EXTRAS = "expected an object of up to 64 strings, finite numbers, and arrays of these."
+NO_NAN = "expected a JSON schema without NaN and Infinity."
+ONE_KIND = "expected exactly one of json, regex, choice, grammar, json_object, structural_tag."
+
+
+@pytest.mark.parametrize(
+    ("name", "literal", "expected"),
+    [
+        *[
+            ("logit_bias", literal, BIASES)
+            for literal in (
+                *("1", "[]", '{"a":1}', '{"-1":1}', '{"1.0":1}', '{" 1":1}', '{"1_0":1}', '{"":1}', '{"1":"1"}'),
+                *(
+                    '{"1":true}',
+                    '{"1":null}',
+                    '{"1":101}',
+                    '{"1":-100.5}',
+                    '{"1":NaN}',
+                    '{"1":1e400}',
+                    '{"1":1,"01":2}',
+                ),
+                *(f'{{"{10**9}":1}}', '{"٣":1}', json.dumps(dict.fromkeys(map(str, range(1025)), 0))),
+            )
+        ],
+        *[
+            ("vllm_xargs", literal, EXTRAS)
+            for literal in (
+                *("1", "[]", '{"a":true}', '{"a":null}', '{"a":{}}', '{"a":[[1]]}', '{"a":[null]}', '{"a":NaN}'),
+                *(f'{{"a":{2**63}}}', f'{{"a":[{-(2**63) - 1}]}}', json.dumps(dict.fromkeys(map(str, range(65)), 0))),
+            )
+        ],
+        ("bad_words", '"a"', "expected an array."),
+        ("bad_words", json.dumps(["a"] * 129), "expected an array of at most 128."),
+        ("allowed_token_ids", "[]", "expected an array of at least 1."),
+        ("logprob_token_ids", "[]", "expected an array of at least 1."),
+        ("logprob_token_ids", json.dumps([1] * 129), "expected an array of at most 128."),
+        ("truncation_side", '"middle"', "expected 'left' or 'right'."),
+        ("cache_salt", '""', r"expected a string that matches ^[^@/\\\x00]{1,128}$."),
+        ("cache_salt", '"a@b"', r"expected a string that matches ^[^@/\\\x00]{1,128}$."),
+        ("session_id", json.dumps("s" * 257), "expected at most 256 characters."),
+        ("guided_json", "1", "expected a JSON schema, as an object or as text."),
+        ("guided_json", "[]", "expected a JSON schema, as an object or as text."),
+        ("guided_json", '{"minimum":NaN}', NO_NAN),
+        ("guided_regex", '""', "expected at least 1 character."),
+        ("guided_choice", "[]", "expected an array of at least 1."),
+        ("response_format", '"json_object"', "expected an object."),
+        ("response_format", '{"type":"json_schema"}', "expected json_schema.schema beside type 'json_schema'."),
+        (
+            "response_format",
+            '{"type":"json_schema","json_schema":{"name":"n"}}',
+            "expected json_schema.schema beside type 'json_schema'.",
+        ),
+        (
+            "response_format",
+            '{"type":"structural_tag"}',
+            "expected format, or structures and triggers, beside type 'structural_tag'.",
+        ),
+        ("structured_outputs", "{}", ONE_KIND),
+        ("structured_outputs", '{"json_object":false}', ONE_KIND),
+        ("structured_outputs", '{"json":"{}","regex":"a"}', ONE_KIND),
+        ("repetition_detection", '{"max_pattern_size":2}', "expected min_count of at least 2."),
+        (
+            "repetition_detection",
+            '{"max_pattern_size":2,"min_pattern_size":3}',
+            "expected min_pattern_size of at most max_pattern_size.",
+        ),
+    ],
+)
+def test_other_values_out_of_range(name: str, literal: str, expected: str) -> None:
+    assert refusal(name, literal) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "location"),
+    [
+        ({"stop_token_ids": [1, "a"]}, "stop_token_ids.1", ("stop_token_ids", 1)),
+        ({"bad_words": [""]}, "bad_words.0", ("bad_words", 0)),
+        ({"guided_choice": [1]}, "guided_choice.0", ("guided_choice", 0)),
+        ({"response_format": {}}, "response_format.type", ("response_format", "type")),
+        ({"response_format": {"type": "xml"}}, "response_format.type", ("response_format", "type")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": 1}}},
+            "response_format.json_schema.name",
+            ("response_format", "json_schema", "name"),
+        ),
+        ({"structured_outputs": {"json": 1}}, "structured_outputs.json", ("structured_outputs", "json")),
+        ({"structured_outputs": {"xml": ""}}, "structured_outputs.xml", ("structured_outputs", "xml")),
+        ({"a.b": 1}, "a.b", ("a.b",)),
+    ],
+)
+def test_a_mistake_within_a_parameter_is_located(
+    fields: dict[str, Any], param: str, location: tuple[str | int, ...]
+) -> None:
+    error = refused(json.dumps({"model": "m", "prompt": "p", **fields}).encode())
+    assert (error.param, error.location) == (param, location)
+
+
+@pytest.mark.parametrize(
+    ("name", "literal", "reason"),
+    [
+        ("prompt_embeds", '"AAAA"', "prompts are texts or token ids, not embeddings"),
+        ("use_beam_search", "true", "beam search is not supported; use n and best_of"),
+        ("use_beam_search", "0", "beam search is not supported; use n and best_of"),
+        ("length_penalty", "0.5", "it belongs to beam search, which is not supported"),
+        ("length_penalty", "true", "it belongs to beam search, which is not supported"),
+        ("watermarking", "true", "the engines have no watermark"),
+        ("kv_transfer_params", "{}", "transfers between engines are up to the cluster"),
+        ("ec_transfer_params", "{}", "transfers between engines are up to the cluster"),
+        ("routed_experts_prompt_start", "1", "the routing of experts is not told"),
+        ("return_token_offsets", "true", "offsets are not told; logprobs has text_offset"),
+        ("mm_payload", '"none"', "prompts have text only"),
+        ("return_mm_kwargs", "false", "prompts have text only"),
+        ("guided_decoding_backend", '"outlines"', "the engine chooses the backend itself"),
+        ("guided_whitespace_pattern", '" "', "use structured_outputs with whitespace_pattern"),
+    ],
+)
+def test_what_is_not_served_is_refused_with_the_reason(name: str, literal: str, reason: str) -> None:
+    assert refusal(name, literal) == f"{reason}."
 
 
 @pytest.mark.parametrize(
@@ -296,23 +590,53 @@ def test_a_missing_parameter_is_named(name: str) -> None:
     assert (error.param, error.message) == (name, f"Missing required parameter: '{name}'.")
 
 
-@pytest.mark.parametrize("name", ["max_token", "messages", "", "a.b", "N", "логprobs", "\u2028", "x" * 1000])
+@pytest.mark.parametrize("name", ["max_token", "messages", "", "a.b", "N", "логprobs", "\u2028", "x" * 200])
 def test_an_unknown_parameter_is_named(name: str) -> None:
     error = refused(json.dumps({"model": "m", "prompt": "p", name: 1}).encode())
     assert (error.param, error.message) == (name, f"Unrecognized request argument supplied: {name}.")
 
 
-def test_parameters_that_contradict_each_other() -> None:
-    error = refused(b'{"model":"m","prompt":"p","min_tokens":17}')
-    assert (error.param, error.message) == ("min_tokens", "min_tokens is 17; expected at most max_tokens, 16.")
-    error = refused(b'{"model":"m","prompt":"p","stream_options":{}}')
-    assert (error.param, error.message) == ("stream_options", "stream_options is only allowed when stream is true.")
+def test_of_a_long_unknown_name_its_beginning_is_told() -> None:
+    error = refused(json.dumps({"model": "m", "prompt": "p", "x" * 100_000: 1}).encode())
+    assert (error.param, error.location) == ("x" * 200, ("x" * 200,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"min_tokens": 17}, "min_tokens", "min_tokens is 17; expected at most max_tokens, 16."),
+        ({"stream_options": {}}, "stream_options", "only allowed when stream is true"),
+        ({"n": 3, "best_of": 2}, "best_of", "best_of is 2; expected at least n, 3."),
+        ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "cannot be streamed"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids", "only allowed with logprobs"),
+        ({"logprob_token_ids": [1], "logprobs": 1, "max_tokens": 0}, "logprob_token_ids", "max_tokens of at least 1"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "leaves no prompt"),
+        (
+            {"guided_regex": "a", "structured_outputs": {"regex": "a"}},
+            "guided_regex",
+            "Only one of structured_outputs and guided_regex can be given.",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "guided_json": {}},
+            "guided_json",
+            "Only one of response_format and guided_json can be given.",
+        ),
+        ({"suffix": "s", "echo": True, "logprobs": 1}, "suffix", "cannot be combined"),
+    ],
+)
+def test_parameters_that_contradict_each_other(fields: dict[str, Any], param: str, words: str) -> None:
+    error = refused(json.dumps({"model": "m", "prompt": "p", **fields}).encode())
+    assert error.param == param
+    assert words in error.message
 
 
 def test_prompts_times_n_are_bounded() -> None:
     assert len(parse(prompt=["p"] * 8, n=128).prompt) == 8
     error = refused(json.dumps({"model": "m", "prompt": ["p"] * 9, "n": 128}).encode())
     assert (error.param, error.message) == ("n", "9 prompts with n=128 make more than 1024 choices.")
+    error = refused(json.dumps({"model": "m", "prompt": ["p"] * 9, "best_of": 128}).encode())
+    assert (error.param, error.message) == ("best_of", "9 prompts with best_of=128 make more than 1024 choices.")
 
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b'"text"', b"1", b"true", b"NaN"])

@@ -66,6 +66,17 @@ def metaspace() -> Tokenizer:
     return tokenizer
 
 
+@cache
+def spaced() -> Tokenizer:
+    """Puts a space between any two tokens; of its added tokens one is special and one is not."""
+    words = {"<unk>": 0, "hello": 1, "world": 2, "!": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<|a|>"])
+    tokenizer.add_tokens(["<b>"])
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Tokenizer:
     home = Path(os.environ.get("MILLSTREAM_HOME", "~/.millstream")).expanduser()
@@ -94,16 +105,22 @@ def text_of(tokenizer: Tokenizer, tokens: Sequence[int], prompt: Sequence[int] =
     return "".join(deltas(tokenizer, tokens, prompt))
 
 
-def vllm_text(tokenizer: Tokenizer, tokens: Sequence[int], prompt: Sequence[int], *, skip: bool = True) -> str:
+def vllm_text(
+    tokenizer: Tokenizer, tokens: Sequence[int], prompt: Sequence[int], *, skip: bool = True, spaces: bool = True
+) -> str:
     """vLLM 0.32's FastIncrementalDetokenizer in short."""
     stream = DecodeStream(ids=list(prompt), skip_special_tokens=skip)
+    added = {} if skip or spaces else tokenizer.get_added_tokens_decoder()
+    last_added = False
     text = ""
     for token in tokens:
         try:
-            text += stream.step(tokenizer, token) or ""
+            piece = stream.step(tokenizer, token) or ""
         except Exception:  # "Invalid prefix encountered"
             stream = DecodeStream(skip_special_tokens=skip)
-            text += stream.step(tokenizer, token) or ""
+            piece = stream.step(tokenizer, token) or ""
+        text += added[token].content if last_added and token in added else piece
+        last_added = token in added
     return text
 
 
@@ -172,6 +189,41 @@ def test_special_tokens_are_skipped_or_shown() -> None:
     tokens = [*tokenizer.encode("he").ids, *ids(tokenizer, "<|end|>"), *tokenizer.encode("!").ids]
     assert Detokenizer(tokenizer, []).push(tokens) == "he!"
     assert Detokenizer(tokenizer, [], skip_special_tokens=False).push(tokens) == "he<|end|>!"
+
+
+def test_spaces_between_added_tokens_are_left_out_where_asked() -> None:
+    tokenizer = spaced()
+    tokens = ids(tokenizer, "hello", "<|a|>", "<b>", "<|a|>", "world", "<b>")
+
+    def text(**options: bool) -> str:
+        return Detokenizer(tokenizer, ids(tokenizer, "!"), **options).push(tokens)
+
+    assert text(skip_special_tokens=False) == " hello <|a|> <b> <|a|> world <b>"
+    assert text(skip_special_tokens=False, spaces_between_special_tokens=False) == " hello <|a|><b><|a|> world <b>"
+    skipped = " hello <b> world <b>"
+    assert text(spaces_between_special_tokens=False) == text(spaces_between_special_tokens=True) == skipped
+
+
+def test_an_added_token_at_the_end_of_the_prompt_does_not_take_the_space_of_the_first_one_generated() -> None:
+    """As in vLLM, which does not look back."""
+    tokenizer = spaced()
+    tokens = ids(tokenizer, "<b>", "<b>")
+    options = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+    assert Detokenizer(tokenizer, ids(tokenizer, "!", "<|a|>"), **options).push(tokens) == " <b><b>"
+
+
+@no_deadline
+@given(st.data(), st.sampled_from([spaced(), metaspace(), byte_level(), byte_fallback()]), st.booleans(), st.booleans())
+def test_spaces_between_special_tokens_are_those_of_vllm(
+    data: st.DataObject, tokenizer: Tokenizer, skip: bool, spaces: bool
+) -> None:
+    added = st.sampled_from(sorted(tokenizer.get_added_tokens_decoder()))
+    tokens = data.draw(st.lists(added | st.integers(0, tokenizer.get_vocab_size() - 1), max_size=31))
+    cut = data.draw(st.integers(0, len(tokens)))
+    prompt = tokenizer.encode("!").ids
+    detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=skip, spaces_between_special_tokens=spaces)
+    text = detokenizer.push(tokens[:cut]) + detokenizer.push(tokens[cut:])
+    assert text == vllm_text(tokenizer, tokens, prompt, skip=skip, spaces=spaces)
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), byte_fallback()])
@@ -272,19 +324,17 @@ def test_smollm2_gives_vllms_text(smollm2: Tokenizer) -> None:
 def test_smollm2_gives_the_text_of_vllm_itself(smollm2: Tokenizer) -> None:
     vllm = pytest.importorskip("vllm")
     engine = pytest.importorskip("vllm.v1.engine.detokenizer")
-    prompt = smollm2.encode("The capital of France is").ids
 
     @no_deadline
-    @given(st.lists(st.integers(0, smollm2.get_vocab_size() - 1), max_size=100), st.booleans())
-    def check(tokens: list[int], skip: bool) -> None:
-        request = SimpleNamespace(
-            request_id="r",
-            prompt_token_ids=prompt,
-            sampling_params=vllm.SamplingParams(skip_special_tokens=skip),
-        )
-        theirs = engine.FastIncrementalDetokenizer(SimpleNamespace(_tokenizer=smollm2), request)
+    @given(st.data(), st.sampled_from([smollm2, spaced()]), st.booleans(), st.booleans())
+    def check(data: st.DataObject, tokenizer: Tokenizer, skip: bool, spaces: bool) -> None:
+        tokens = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=100))
+        prompt = tokenizer.encode("hello world!").ids
+        params = vllm.SamplingParams(skip_special_tokens=skip, spaces_between_special_tokens=spaces)
+        request = SimpleNamespace(request_id="r", prompt_token_ids=prompt, sampling_params=params)
+        theirs = engine.FastIncrementalDetokenizer(SimpleNamespace(_tokenizer=tokenizer), request)
         theirs.update(tokens, False)
-        ours = Detokenizer(smollm2, prompt, skip_special_tokens=skip)
+        ours = Detokenizer(tokenizer, prompt, skip_special_tokens=skip, spaces_between_special_tokens=spaces)
         assert ours.push(tokens) == theirs.get_next_output_text(True, False)
 
     check()

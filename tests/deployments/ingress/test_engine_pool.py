@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments.contracts import EngineLoad, FinishReason, Sampling, TokenDelta
+from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling, TokenDelta
 from deployments.ingress import engine_pool
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.errors import ApiError, InternalError, ModelNotReady, Overloaded
@@ -38,7 +38,12 @@ class Request:
     prompt: list[int]
     sampling: Sampling
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[list[PositionLogprobs | None]] = field(default_factory=list)
+    """Each time that they were told."""
     finish: FinishReason | None = None
+    message: str = ""
+    param: str | None = None
     error: ApiError | None = None
     ends: int = 0
 
@@ -47,10 +52,16 @@ class Request:
         self.generation = Generation(f"req-{next(_request_numbers)}", 0, self.prompt, self.sampling, self.mailbox)
 
     async def receive(self) -> None:
-        for news in await self.mailbox.take():
-            self.tokens += news.token_ids
-            self.finish, self.error = news.finish_reason, news.error
-            self.ends += news.finish_reason is not None or news.error is not None
+        for _candidate, delta, error in await self.mailbox.take():
+            self.error = error
+            self.ends += error is not None
+            if delta is not None:
+                self.tokens += delta.token_ids
+                self.logprobs += delta.logprobs or []
+                if delta.prompt_logprobs is not None:
+                    self.prompt_logprobs.append(delta.prompt_logprobs)
+                self.finish, self.message, self.param = delta.finish_reason, delta.message, delta.param
+                self.ends += delta.finish_reason is not None
 
     async def until_ended(self) -> None:
         while not self.ends:
@@ -63,10 +74,16 @@ class Request:
     def assert_undisturbed(self) -> None:
         assert (self.tokens, self.finish) == undisturbed(self.prompt, self.sampling)
         assert (self.ends, self.error) == (1, None)
+        told = [] if self.sampling.logprobs is None else self.tokens
+        assert [position.token_ids[0] for position in self.logprobs] == told
+        told_of_prompt = [] if self.sampling.prompt_logprobs is None else [len(self.prompt)]
+        assert [len(positions) for positions in self.prompt_logprobs] == told_of_prompt
 
 
-def start(pool: EnginePool, *prompt: int, max_tokens: int = 10) -> Request:
-    request = Request(list(prompt) or PROMPT, Sampling(max_tokens=max_tokens))
+def start(pool: EnginePool, *prompt: int, max_tokens: int = 10, logprobs: int | None = None) -> Request:
+    """With `logprobs` those of the prompt are asked for too."""
+    sampling = Sampling(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=logprobs)
+    request = Request(list(prompt) or PROMPT, sampling)
     pool.start([request.generation])
     return request
 
@@ -397,6 +414,47 @@ async def test_prompt_tokens_found_in_a_cache_are_those_of_the_first_replica() -
         assert again.generation.cached_tokens == 63
 
 
+@pytest.mark.parametrize("lost_after", [0, 1, 20])
+def test_log_probabilities_survive_a_replica_and_those_of_the_prompt_are_told_once(lost_after: int) -> None:
+    async def scenario() -> None:
+        async with replicas_of(2) as replicas, opened_pool(replicas) as pool:
+            await quiet()
+            request = start(pool, max_tokens=40, logprobs=2)
+            if lost_after:
+                await request.until(lost_after)
+            else:
+                await asyncio.sleep(0.001)  # placed, and without a token
+            first = home(replicas)
+            replicas[first].break_streams()
+            await request.until_ended()
+            request.assert_undisturbed()
+            assert request.generation.resumes == 1
+            [resumed] = [s for replica in replicas.values() for s in replica.submissions if s.resumed]
+            assert resumed.sampling.logprobs == 2
+            assert resumed.sampling.prompt_logprobs == (None if lost_after else 2)
+            assert resumed.token_ids == PROMPT + request.tokens[:lost_after]
+
+    run_in_virtual_time(scenario())
+
+
+@in_virtual_time
+async def test_a_refusal_ends_a_generation_with_its_reason_and_is_not_tried_elsewhere() -> None:
+    scripted = {"r0": ScriptedReplica(), "r1": ScriptedReplica()}
+    async with opened_pool(scripted) as pool:
+        await quiet()
+        request = start(pool)
+        await quiet()
+        [replica] = [replica for replica in scripted.values() if replica.submissions]
+        number = replica.submissions[0].generation
+        replica.tell(TokenDelta(number, [], "refused", message="No such grammar.", param="guided_grammar"))
+        await request.until_ended()
+        assert (request.finish, request.message, request.param) == ("refused", "No such grammar.", "guided_grammar")
+        assert (request.ends, request.error, request.generation.ended) == (1, None, True)
+        await asyncio.sleep(10)
+        assert [len(replica.submissions) for replica in scripted.values()].count(0) == 1
+        assert [replica.aborts for replica in scripted.values()] == [[], []]
+
+
 # --- leaving replicas ----------------------------------------------------------------------------------------------
 
 
@@ -652,7 +710,7 @@ async def inflict(fault: Fault, replicas: dict[str, MemoryReplica], pool: Engine
 
 async def arrive(pool: EnginePool, at_s: float, prompt: int, max_tokens: int) -> Request:
     await asyncio.sleep(at_s)
-    request = start(pool, prompt, prompt + 1, max_tokens=max_tokens)
+    request = start(pool, prompt, prompt + 1, max_tokens=max_tokens, logprobs=prompt % 2 or None)
     await request.until_ended()
     return request
 

@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from deployments.contracts import EngineLoad, Sampling, TokenDelta
+from deployments.contracts import EngineLoad, PositionLogprobs, Sampling, TokenDelta
 from deployments.engine.step_outbox import HEARTBEAT_S
-from deployments.ingress.generation import Generation, Mailbox
+from deployments.ingress.generation import Generation, Mailbox, News
 from deployments.ingress.replica_stream import SILENCE_LIMIT_S, ReplicaLost, ReplicaStream
 from tests.deployments.ingress.memory_replicas import ScriptedReplica
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
@@ -144,6 +144,29 @@ async def test_a_missing_message_gives_the_replica_up_before_a_token_is_lost() -
         replica.tell(TokenDelta(1, [7]))
         await quiet()
         assert (hurt.tokens, owner.lost) == ([5], [hurt])
+
+
+@in_virtual_time
+async def test_everything_that_a_delta_tells_reaches_the_mailbox_of_its_generation() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        mailbox = Mailbox()
+        first = Generation("req", 3, [1, 2], Sampling(max_tokens=5, logprobs=1, prompt_logprobs=0), mailbox)
+        await owner.stream.submit([first])
+        told = TokenDelta(
+            1,
+            [5],
+            cached_tokens=1,
+            logprobs=[PositionLogprobs([5, 6], [-1.5, -float("inf")], [2, 1])],
+            prompt_logprobs=[None, PositionLogprobs([2], [-0.25], [1])],
+        )
+        refused = TokenDelta(1, [], "refused", message="Too long.", param="prompt")
+        replica.tell(told)
+        replica.tell(refused)
+        await quiet()
+        assert await mailbox.take() == [News(3, told), News(3, refused)]
+        assert (first.tokens, first.cached_tokens, first.ended) == ([5], 1, True)
+        assert (owner.lost, list(owner.stream.generations)) == ([], [])
 
 
 @in_virtual_time

@@ -35,6 +35,10 @@ def ids(text: str) -> list[int]:
     return tokenizer().encode(text, add_special_tokens=False).ids
 
 
+LINE_FEED = ids("\n")[0]
+ENDING_TOKENS: list[tuple[FinishReason, int | None]] = [("stop_token", LINE_FEED), ("end_of_text", None)]
+
+
 def stream(*stops: str, include: bool = False, min_tokens: int = 0) -> TextStream:
     return TextStream(tokenizer(), ids("prompt"), stops=stops, include_stop_in_output=include, min_tokens=min_tokens)
 
@@ -48,30 +52,61 @@ def test_text_and_tokens_of_a_batch() -> None:
 def test_tokens_behind_the_stop_string_do_not_count() -> None:
     choice = stream("STOP")
     assert choice.push([*ids("a "), ST]) == TextDelta("a ", 3, None)
-    assert choice.push(ids("OP and more"), "length") == TextDelta("", 2, "stop")
+    assert choice.push(ids("OP and more"), "length") == TextDelta("", 2, "stop", "STOP")
 
 
 def test_a_token_is_counted_whole_when_the_stop_string_ends_inside_it() -> None:
-    assert stream("an").push([*ids("ha"), ND, *ids("!")]) == TextDelta("h", 3, "stop")
-    assert stream("an", include=True).push([*ids("ha"), ND, *ids("!")]) == TextDelta("han", 3, "stop")
+    assert stream("an").push([*ids("ha"), ND, *ids("!")]) == TextDelta("h", 3, "stop", "an")
+    assert stream("an", include=True).push([*ids("ha"), ND, *ids("!")]) == TextDelta("han", 3, "stop", "an")
 
 
 @pytest.mark.parametrize("stops", [(), ("STOP",)])
 def test_the_stop_token_counts_but_is_not_text(stops: tuple[str, ...]) -> None:
-    assert stream(*stops).push([*ids("ab"), END], "stop_token") == TextDelta("ab", 3, "stop")
-    assert stream(*stops).push(ids("ab\n"), "stop_token") == TextDelta("ab", 3, "stop")
+    assert stream(*stops).push([*ids("ab"), END], "stop_token") == TextDelta("ab", 3, "stop", END)
+    assert stream(*stops).push(ids("ab\n"), "stop_token") == TextDelta("ab", 3, "stop", LINE_FEED)
+    assert stream(*stops).push(ids("ab\n"), "end_of_text") == TextDelta("ab", 3, "stop", None)
 
 
 @pytest.mark.parametrize("stops", [(), ("STOP",)])
 def test_the_stop_token_is_text_when_stops_are_included(stops: tuple[str, ...]) -> None:
-    assert stream(*stops, include=True).push(ids("ab\n"), "stop_token") == TextDelta("ab\n", 3, "stop")
+    for finish, reason in ENDING_TOKENS:
+        assert stream(*stops, include=True).push(ids("ab\n"), finish) == TextDelta("ab\n", 3, "stop", reason)
 
 
-@pytest.mark.parametrize(("finish", "finished"), [("length", "length"), ("stop", "stop"), ("stop_token", "stop")])
-def test_what_was_held_back_comes_with_the_end(finish: FinishReason, finished: Literal["stop", "length"]) -> None:
+@pytest.mark.parametrize(
+    ("finish", "finished", "reason"),
+    [
+        ("length", "length", None),
+        ("stop", "stop", None),
+        ("stop_token", "stop", END),
+        ("end_of_text", "stop", None),
+        ("repetition", "stop", "repetition_detected"),
+    ],
+)
+def test_what_was_held_back_comes_with_the_end_and_its_reason(
+    finish: FinishReason, finished: Literal["stop", "length"], reason: int | str | None
+) -> None:
     choice = stream("STOP")
     assert choice.push([ST]) == TextDelta("", 1, None)
-    assert choice.push([END], finish) == TextDelta("ST", 1, finished)
+    assert choice.push([END], finish) == TextDelta("ST", 1, finished, reason)
+    assert stream().push([ST, END], finish) == TextDelta("ST", 2, finished, reason)
+
+
+@pytest.mark.parametrize("finish", ["length", "stop", "stop_token", "end_of_text", "repetition"])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_is_the_reason_whatever_ended_the_generation_with_it(finish: FinishReason, include: bool) -> None:
+    text = "a!" if include else "a"
+    assert stream("?", "!", include=include).push([*ids("a!"), END], finish) == TextDelta(text, 2, "stop", "!")
+
+
+def test_the_text_of_a_stop_token_is_no_stop_string_unless_it_is_included() -> None:
+    assert stream("\n").push(ids("ab\n"), "stop_token") == TextDelta("ab", 3, "stop", LINE_FEED)
+    assert stream("\n", include=True).push(ids("ab\n"), "stop_token") == TextDelta("ab\n", 3, "stop", "\n")
+
+
+def test_the_last_token_of_a_repetition_is_text() -> None:
+    delta = stream().push(ids("abab"), "repetition")
+    assert delta == TextDelta("abab", 4, "stop", "repetition_detected")
 
 
 def test_an_end_without_tokens_is_an_end() -> None:
@@ -80,17 +115,17 @@ def test_an_end_without_tokens_is_an_end() -> None:
     assert choice.push([], "length") == TextDelta("ST", 0, "length")
 
 
-@pytest.mark.parametrize("finish", ["failed"])
-def test_a_lost_replica_leaves_the_text_to_be_resumed(finish: FinishReason) -> None:
+@pytest.mark.parametrize("finish", ["failed", "refused"])
+def test_a_failure_does_not_end_the_text(finish: FinishReason) -> None:
     choice = stream("STOP")
     assert choice.push([*ids("a"), ST], finish) == TextDelta("a", 2, None)
-    assert choice.push(ids("OP")) == TextDelta("", 2, "stop")
+    assert choice.push(ids("OP")) == TextDelta("", 2, "stop", "STOP")
 
 
 def test_stop_strings_count_after_min_tokens_only() -> None:
     choice = stream("b", min_tokens=3)
     assert choice.push(ids("ab")) == TextDelta("ab", 2, None)
-    assert choice.push(ids("bab")) == TextDelta("ba", 3, "stop")
+    assert choice.push(ids("bab")) == TextDelta("ba", 3, "stop", "b")
 
 
 token_lists = st.lists(st.sampled_from([*ids("abSTOP€\n"), END, ST, ND]), max_size=30)
@@ -103,7 +138,8 @@ def whole(choice: TextStream, batches: Sequence[list[int]], finish: FinishReason
         delta = choice.push(batch, finish if position == len(batches) else None)
         text, used = text + delta.text, used + delta.tokens_used
         if delta.finished:
-            return TextDelta(text, used, delta.finished)
+            return TextDelta(text, used, delta.finished, delta.stop_reason)
+        assert delta.stop_reason is None
     raise AssertionError("not finished")
 
 
@@ -113,7 +149,7 @@ def test_batches_do_not_change_the_choice(
     data: st.DataObject, tokens: list[int], stops: list[str], min_tokens: int, include: bool
 ) -> None:
     tokens = [*tokens, END]
-    finish: FinishReason = data.draw(st.sampled_from(["stop", "stop_token", "length"]))
+    finish: FinishReason = data.draw(st.sampled_from(["stop", "stop_token", "end_of_text", "repetition", "length"]))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens) - 1), max_size=6)))
     batches = [tokens[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True)]
     batched = whole(stream(*stops, include=include, min_tokens=min_tokens), batches, finish)
@@ -149,6 +185,7 @@ def test_the_choice_is_that_of_vllm() -> None:
             "stop_token" if stop_token else "length",
         )
         finished = "stop" if found or stop_token else "length"
-        assert ours == (text, len(theirs.output_token_ids), finished)
+        reason = found if found or not stop_token else END
+        assert ours == (text, len(theirs.output_token_ids), finished, reason)
 
     check()

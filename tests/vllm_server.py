@@ -12,15 +12,12 @@ from pathlib import Path
 
 import httpx
 
-from tests.conftest import free_port
-
 __all__ = ["vllm_server"]
 
 
 @contextmanager
-def vllm_server(model: Path, log: Path, limit_s: float = 240.0) -> Iterator[str]:
+def vllm_server(model: Path, port: int, log: Path, limit_s: float = 240.0) -> Iterator[str]:
     """Its base URL; with the engine settings of tests/clusters/vllm.yaml."""
-    port = free_port()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
         *("--served-model-name", "smollm2-135m", "--host", "127.0.0.1", "--port", str(port)),

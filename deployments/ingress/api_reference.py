@@ -1,0 +1,344 @@
+"""docs/api.md, made from what the ingress runs on: dialects, parameters, errors and endpoints cannot be told otherwise
+than they are. After a change of any of them:
+
+    .venv/bin/python -m deployments.ingress.api_reference > docs/api.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, get_args
+
+from deployments.ingress.completion_request import CompletionRequest
+from deployments.ingress.dialect import D1, D3, DIALECTS, SCHEMA_PATH, Dialect
+from deployments.ingress.errors import InvalidRequest
+from deployments.ingress.json_schemas import Json, schemas_of
+from deployments.ingress.openapi import openapi_document
+from deployments.ingress.openapi_answers import error_classes
+from deployments.ingress.parameter_types import NotServed, Source
+from deployments.ingress.request_body import Body
+from deployments.ingress.tokenization import DetokenizeRequest, TokenizeRequest
+
+__all__ = ["api_reference"]
+
+_HEAD: Final = """\
+# API
+
+Made by `.venv/bin/python -m deployments.ingress.api_reference > docs/api.md` from the models that check requests; a
+test compares. The same as OpenAPI 3.1: `GET /openapi.json`, and to read and try: `GET /docs`.
+"""
+
+_DIALECTS: Final = """\
+## Dialects
+
+There is one completion endpoint with four faces, so that clients of four APIs can be pointed here without a change.
+D3 is OpenAI's own; D0 shares its path and is chosen by the header of its key, `x-llm-api-key`. What the document of a
+dialect leaves open is as in D3.
+"""
+
+_BODIES: Final = """\
+Bodies are JSON objects, declared as `content-type: application/json`. They are checked to the last key:
+
+- An unknown parameter is refused by name, and so is a known one with a value of another type: no number in a string, no
+  1.0 for an integer, no NaN.
+- Null stands for the default.
+- Of a key that comes twice in an object the last one counts.
+- Invalid UTF-8 and lone surrogates are refused.
+"""
+
+_PARAMETERS: Final = """\
+## Parameters of a completion
+
+The source is the document that a parameter comes from: OpenAI's Completions reference, vLLM 0.32's `CompletionRequest`,
+and, where they name it, the documents of the dialects.
+"""
+
+_NARROWED: Final = """\
+### What a dialect narrows or adds
+"""
+
+_NOT_SERVED: Final = """\
+### What is known from vLLM and not served
+
+Null and the value in the table are accepted, so that clients that send every parameter go on working. All else is
+refused.
+"""
+
+_ANSWER: Final = """\
+## The answer
+
+`id`, `object`, `created`, `model`, `system_fingerprint`, `choices` and `usage`; their schema is served at
+`{schema_path}`, to which the `$schema` of {d1}'s answers points. Choices are ordered by prompt and
+then by `n`, and `index` runs over all. `usage` counts each prompt once, and every token generated, those of all
+`best_of` candidates included. Log probabilities are in OpenAI's legacy format, `tokens`, `token_logprobs`,
+`top_logprobs`, `text_offset`; with `echo` those of the prompt come first.
+
+### Streams
+
+With `stream` the answer is `text/event-stream`: `data: {{chunk}}` for each delta, then `data: [DONE]`.
+
+- All chunks have the same `id`, `created` and `model`. Texts are whole characters and hold back what may become a stop
+  string.
+- The last chunk of a choice has its `finish_reason`. Chunks of several choices come interleaved; `index` tells them
+  apart.
+- With `stream_options.include_usage` one more chunk comes before `[DONE]`, with the usage and no choices; all others
+  have `usage: null`.
+- An error before the first byte is a status as below. Later it is an event, `data: {{"error": {{...}}}}`, and no
+  `[DONE]` follows.
+- A comment, `: keep-alive`, is sent while nothing else was for some time (`ingress.keep_alive_s`, 15 s). Clients ignore
+  it.
+- A client that closes the connection ends the generation.
+"""
+
+_ERRORS: Final = """\
+## Errors
+
+The body is `{"error": {"message", "type", "param", "code"}}`, which OpenAI's client turns into its exceptions. Where a
+dialect says 422, an invalid body is answered `{"detail": [{"loc", "msg", "type"}]}` instead.
+"""
+
+_HEADERS: Final = """\
+## Headers
+
+| header | of | meaning |
+|---|---|---|
+| `authorization` | request | `Bearer KEY`; see the dialects for other places of the key |
+| `x-llm-api-key` | request | the key, with or without `Bearer`; chooses D0 on `/v1/completions` |
+| `x-request-id` | request | names the request: up to 128 of `A-Z a-z 0-9 . _ -`; what does not conform is replaced |
+| `x-request-id` | answer | the same, or the server's own |
+| `retry-after` | answer | seconds, where a retry helps |
+| `www-authenticate` | answer | `Bearer`, with 401 |
+| `allow` | answer | the methods there are, with 405 |
+"""
+
+
+def api_reference() -> str:
+    return (
+        "\n".join(
+            [
+                _HEAD,
+                "## Endpoints\n",
+                _table(("endpoint", "what it does", "key"), _endpoints()),
+                _DIALECTS,
+                _dialect_table(),
+                _BODIES,
+                _PARAMETERS,
+                _parameter_table(CompletionRequest),
+                _nested_tables(),
+                _NARROWED,
+                _table(("dialect", "parameter", "value", "default", "effect"), _narrowed()),
+                _NOT_SERVED,
+                _table(("parameter", "accepted", "why", "source"), _not_served()),
+                _ANSWER.format(schema_path=SCHEMA_PATH, d1=D1.name),
+                _ERRORS,
+                _table(("status", "`type`", "`code`", "when"), _errors()),
+                _HEADERS,
+                "## Tokens\n",
+                "In the shapes of vLLM. `POST /tokenize`:\n",
+                _parameter_table(TokenizeRequest, source=False),
+                "`POST /detokenize`:\n",
+                _parameter_table(DetokenizeRequest, source=False),
+            ]
+        ).rstrip()
+        + "\n"
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return (
+        "".join("| " + " | ".join(line) + " |\n" for line in lines).replace("| --- ", "|---").replace("--- |", "---|")
+    )
+
+
+def _endpoints() -> Iterator[tuple[str, str, str]]:
+    document = openapi_document()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            public = operation.get("security") == []
+            yield f"`{method.upper()} {path}`", operation["summary"], "no" if public else "yes"
+
+
+# --- dialects ------------------------------------------------------------------------------------------------------
+
+
+def _dialect_table() -> str:
+    rows = [
+        ("path", [f"`POST {dialect.path}`" for dialect in DIALECTS]),
+        ("chosen by", ["header `x-llm-api-key`" if dialect is DIALECTS[0] else "path" for dialect in DIALECTS]),
+        ("key", [_key(dialect) for dialect in DIALECTS]),
+        ("model", ["body, or `?model=`, which wins" if d.model_in_query else "body" for d in DIALECTS]),
+        (
+            "invalid body",
+            ['422, `{"detail": […]}`' if d.invalid_body == "detail" else '400, `{"error": {…}}`' for d in DIALECTS],
+        ),
+        ("unknown model", ["404" for _ in DIALECTS]),
+        ("model not ready", [f"{dialect.not_ready_status}, `retry-after`" for dialect in DIALECTS]),
+        ("more in the answer", ["`$schema`" if dialect.links_schema else "" for dialect in DIALECTS]),
+    ]
+    return _table(("", *(dialect.name for dialect in DIALECTS)), [(name, *cells) for name, cells in rows])
+
+
+def _key(dialect: Dialect) -> str:
+    return " or ".join(
+        f"`{header}: {form}`"
+        for header, bare in dialect.credentials
+        for form in (("KEY", "Bearer KEY") if bare else ("Bearer KEY",))
+    )
+
+
+def _narrowed() -> Iterator[tuple[str, str, str, str, str]]:
+    canonical = _properties(CompletionRequest)
+    for dialect in DIALECTS:
+        for name, schema in _properties(dialect.body).items():
+            if schema != canonical.get(name):
+                yield dialect.name, f"`{name}`", _values(schema), _default(dialect.body, name), schema["description"]
+
+
+# --- parameters ----------------------------------------------------------------------------------------------------
+
+
+def _properties(model: type[Body]) -> dict[str, Json]:
+    properties: dict[str, Json] = schemas_of([model])[model.__name__]["properties"]
+    return properties
+
+
+def _nested_tables() -> str:
+    return "\n".join(
+        f"### `{name}`\n\n{_introduction(model)}{_parameter_table(model, source=False)}"
+        for name, model in _objects(CompletionRequest)
+    )
+
+
+def _objects(model: type[Body]) -> Iterator[tuple[str, type[Body]]]:
+    """The parameters that are objects with parameters of their own."""
+    for name, field in model.model_fields.items():
+        for part in get_args(field.annotation):
+            if isinstance(part, type) and issubclass(part, Body):
+                yield name, part
+                yield from ((f"{name}.{inner}", kind) for inner, kind in _objects(part))
+
+
+def _introduction(model: type[Body]) -> str:
+    text = schemas_of([model])[model.__name__].get("description")
+    return f"{text}\n\n" if text else ""
+
+
+def _parameter_table(model: type[Body], *, source: bool = True) -> str:
+    fields = {field.alias or name: (name, field) for name, field in model.model_fields.items()}
+    rows = [
+        [
+            f"`{name}`",
+            _values(schema),
+            _default(model, fields[name][0]),
+            *([_source(fields[name][1].metadata)] if source else []),
+            schema.get("description", ""),
+        ]
+        for name, schema in _properties(model).items()
+        if _reason(fields[name][1].metadata) is None
+    ]
+    return _table(("parameter", "value", "default", *(["source"] if source else []), "effect"), rows)
+
+
+def _not_served() -> Iterator[tuple[str, str, str, str]]:
+    for name, field in CompletionRequest.model_fields.items():
+        reason = _reason(field.metadata)
+        if reason is not None:
+            neutral = "" if reason.neutral is None else f"`{_json(reason.neutral)}`"
+            yield f"`{name}`", neutral, reason.reason, _source(field.metadata)
+
+
+def _source(metadata: Sequence[Any]) -> str:
+    return next((each.name for each in metadata if isinstance(each, Source)), "")
+
+
+def _reason(metadata: Sequence[Any]) -> NotServed | None:
+    return next((each for each in metadata if isinstance(each, NotServed)), None)
+
+
+def _default(model: type[Body], name: str) -> str:
+    field = model.model_fields[name]
+    if field.is_required():
+        return "required"
+    if field.default in (None, (), ""):
+        return ""
+    return f"`{_json(field.default)}`"
+
+
+def _json(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# --- values, from their JSON schemas -------------------------------------------------------------------------------
+
+
+def _values(schema: Json) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_values(part) for part in schema["anyOf"] if part.get("type") != "null")
+    if "enum" in schema:
+        return ", ".join(f"`{each}`" for each in schema["enum"])
+    match schema.get("type"):
+        case "integer" | "number" as kind:
+            return f"{kind}{_range(schema)}"
+        case "array":
+            return f"{_array(schema)}{_plural(schema['items'])}"
+        case "string":
+            if "pattern" in schema:
+                return f"string like `{schema['pattern']}`"
+            length = f" of up to {schema['maxLength']} characters" if "maxLength" in schema else ""
+            return f"{'non-empty ' if schema.get('minLength') else ''}string{length}"
+        case "object" | None:
+            return "object" if schema.get("type") or "$ref" in schema else "any"
+        case kind:
+            return str(kind)
+
+
+def _plural(schema: Json) -> str:
+    if "anyOf" in schema:
+        return "strings or numbers"
+    if schema.get("type") == "array":
+        return f"{'non-empty ' if schema.get('minItems') else ''}arrays of {_plural(schema['items'])}"
+    if schema.get("type") == "integer":
+        return "token ids"
+    return "non-empty strings" if schema.get("minLength") else f"{schema['type']}s"
+
+
+def _array(schema: Json) -> str:
+    least, most = schema.get("minItems", 0), schema.get("maxItems")
+    if most is None:
+        return "non-empty array of " if least else "array of "
+    return f"array of {least or 'up'} to {most} "
+
+
+def _range(schema: Json) -> str:
+    low, above, high = schema.get("minimum"), schema.get("exclusiveMinimum"), schema.get("maximum")
+    if above is not None and high is not None:
+        return f", above {_number(above)} and up to {_number(high)}"
+    return "" if low is None or high is None else f", {_number(low)} to {_number(high)}"
+
+
+def _number(value: float) -> str:
+    for bits in (31, 63):
+        if value == 2**bits - 1:
+            return f"2^{bits} - 1"
+        if value == -(2**bits):
+            return f"-2^{bits}"
+    return f"{value:g}"
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def _errors() -> Iterator[tuple[str, str, str, str]]:
+    for kind in sorted(error_classes(), key=lambda kind: kind.status):
+        status = str(kind.status)
+        if issubclass(kind, InvalidRequest):
+            others = sorted({d.name for d in DIALECTS if d.invalid_body == "detail"} - {D3.name})
+            status += f" (422 in {' and '.join(others)})"
+        code = "" if kind.code is None else f"`{kind.code}`"
+        yield status, f"`{kind.type}`", code, " ".join((kind.__doc__ or "").split())
+
+
+if __name__ == "__main__":
+    sys.stdout.write(api_reference())

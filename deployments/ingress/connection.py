@@ -1,0 +1,231 @@
+"""The HTTP connection of a request: how long either direction may stall, the request's id, and browsers (CORS).
+
+Apart from the routes because it holds for all of them and for every error. It is pure ASGI and wraps the whole app.
+HAProxy in front neither buffers a request nor bounds its body, and gives a client an hour to read on; Ray Serve puts on
+each answer an id that it has not checked.
+
+Out of reach is what others answer before a request comes here. HAProxy, in HTML and without an id: what is no HTTP
+(400), and everything while nothing is up behind it (500). Ray's proxy, HAProxy's stand-in while no ingress runs, and a
+stopping replica, in plain text: 503, with the id as it came. Ray Serve: an x-request-id that is no UTF-8 (500, no id).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import socket
+import struct
+from collections.abc import Awaitable, Sequence
+from typing import Any
+from uuid import uuid4
+
+import structlog
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.ingress.completion import ClientGone
+from deployments.ingress.errors import RequestTimeout
+
+__all__ = ["ConnectionMiddleware"]
+
+log = structlog.get_logger()
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+"""What is taken from a caller: safe in headers, logs, URLs and file names."""
+_PIECE_BYTES = 64 * 1024
+"""A larger body is written in pieces of this size. A server holds back the write after one that has filled its buffer,
+so an answer in one piece would never be held back, and nobody would notice that the client does not take it."""
+_RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER of zero seconds: closing drops what the kernel has not delivered, and tells the peer so."""
+_CORS_REQUEST_HEADERS = ("Authorization", "Content-Type", "x-llm-api-key", "x-request-id")
+_CORS_RESPONSE_HEADERS = (
+    "x-request-id",
+    "retry-after",
+    # As OpenAI names them; there are no patterns in Access-Control-Expose-Headers.
+    *(f"x-ratelimit-{part}-{unit}" for part in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
+)
+
+
+class ConnectionMiddleware:
+    """Wraps the whole app of the ingress."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        upload_timeout_s: float,
+        write_timeout_s: float,
+        cors_origins: Sequence[str] = (),
+    ) -> None:
+        """
+        upload_timeout_s: for a request's body to arrive whole, from when the app first asks for it. Beyond, `receive`
+            raises RequestTimeout.
+        write_timeout_s: for a single `send` that is held back because the client does not read. Beyond, it raises
+            ClientGone, as does every later one, and the connection is reset.
+        cors_origins: of web pages that may read the answers, or `*`; none: no CORS header is ever sent.
+        """
+        if cors_origins:
+            app = CORSMiddleware(
+                app,
+                allow_origins=cors_origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=_CORS_REQUEST_HEADERS,
+                allow_credentials=False,
+                expose_headers=_CORS_RESPONSE_HEADERS,
+            )
+        self._app = app
+        self._upload_timeout_s = upload_timeout_s
+        self._write_timeout_s = write_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            upload = _Upload(receive, self._upload_timeout_s)
+            answer = _Answer(send, self._write_timeout_s, request_id)
+            try:
+                await self._app(scope, upload.receive, answer.send)
+            except ClientGone:
+                if not answer.cut_off:
+                    raise
+            finally:
+                answer.stop()
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's, if it is one and valid, or Ray Serve's, which stands in its place when there is none; else new."""
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
+        return str(given[0], "ascii")
+    return uuid4().hex
+
+
+class _Upload:
+    """What the client sends, its body within a bound."""
+
+    def __init__(self, receive: Receive, limit_s: float) -> None:
+        self._receive = receive
+        self._limit_s = limit_s
+        self._deadline: float | None = None
+        self._whole = False
+
+    async def receive(self) -> Message:
+        """Raises RequestTimeout. Once the body is there, and the wait is for the client to leave, without a bound."""
+        if self._whole:
+            return await self._receive()
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + self._limit_s
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise RequestTimeout(
+                f"The body of the request did not arrive within {self._limit_s:g} s. Send it whole, right after the "
+                "headers and as long as Content-Length says, or send less of it at a time."
+            ) from None
+        self._whole = not message.get("more_body", False)
+        return message
+
+
+class _Answer:
+    """What the client is sent. One timer watches over all of it: a stream writes thousands of times a second."""
+
+    def __init__(self, send: Send, limit_s: float, request_id: str) -> None:
+        self.cut_off = False
+        self._send = send
+        self._limit_s = limit_s
+        self._request_id = request_id
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._writer: asyncio.Task[Any] | None = None
+        """That is inside a `send` now, which it has called at `_since_s` on the loop's clock."""
+        self._since_s = 0.0
+        self._writing: Awaitable[None] | None = None
+
+    async def send(self, message: Message) -> None:
+        """Raises ClientGone."""
+        if message["type"] == "http.response.start":
+            message = _FinalStart(message, self._request_id)
+        body = message.get("body", b"")
+        if len(body) > _PIECE_BYTES:
+            last = (len(body) - 1) // _PIECE_BYTES * _PIECE_BYTES
+            for begin in range(0, last, _PIECE_BYTES):
+                piece = body[begin : begin + _PIECE_BYTES]
+                await self._write({"type": message["type"], "body": piece, "more_body": True})
+            message = {**message, "body": body[last:]}
+        await self._write(message)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def _write(self, message: Message) -> None:
+        if self.cut_off:
+            raise ClientGone
+        writer = self._writer = asyncio.current_task()
+        assert writer is not None
+        self._since_s = self._loop.time()
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._since_s + self._limit_s, self._check)
+        self._writing = self._send(message)
+        try:
+            await self._writing
+        except asyncio.CancelledError:
+            if self.cut_off and writer.uncancel() == 0:  # it was `_check`, and nobody else as well
+                raise ClientGone from None
+            raise
+        finally:
+            self._writer = self._writing = None
+
+    def _check(self) -> None:
+        now_s = self._loop.time()
+        begun_s = now_s if self._writer is None else self._since_s
+        if now_s < begun_s + self._limit_s:
+            self._timer = self._loop.call_at(begun_s + self._limit_s, self._check)
+            return
+        self.cut_off = True
+        log.info("client does not read, cut off", write_timeout_s=self._limit_s)
+        if self._writer is not None:
+            self._writer.cancel()
+        _reset(self._writing)
+
+
+def _reset(writing: Awaitable[None] | None) -> None:
+    """Drop the connection that a held-back `send` waits for, with what is buffered for it.
+
+    ASGI has no word for that. When the app ends in the middle of an answer, uvicorn closes its transport, which first
+    delivers what is buffered: to a client that does not read, never. Its transport is an attribute of the object whose
+    method the innermost `send` is; Ray Serve's are around it. Behind another server there is none, and it is up to that
+    server, or to HAProxy, to give the client up.
+    """
+    while inspect.iscoroutine(writing):
+        transport = getattr(inspect.getcoroutinelocals(writing).get("self"), "transport", None)
+        if transport is not None:
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            transport.abort()
+            return
+        writing = writing.cr_await
+
+
+class _FinalStart(dict[str, Any]):
+    """A `http.response.start` with the request's id, and with headers that nobody changes any more.
+
+    For Ray Serve takes the caller's x-request-id unchecked and appends it to each answer by Starlette's MutableHeaders,
+    which first puts a list of its own into the message (ray/serve/_private/http_util.py, RequestIdMiddleware).
+    """
+
+    def __init__(self, message: Message, request_id: str) -> None:
+        headers = [(name, value) for name, value in message.get("headers", ()) if name.lower() != b"x-request-id"]
+        super().__init__(message, headers=[*headers, (b"x-request-id", request_id.encode())])
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key != "headers":
+            super().__setitem__(key, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Only Ray's own proxy (`cluster.proxy: ray`) gets messages pickled, and then adds the id itself."""
+        return dict, ({**self, "headers": self["headers"][:-1]},)

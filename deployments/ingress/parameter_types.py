@@ -1,0 +1,235 @@
+"""Types of completion parameters that take more than one form, and of those that are not served.
+
+Each is a validator and the JSON schema of what it accepts. The validators are plain functions because pydantic's unions
+cost several times as much and name branches of the union in their errors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+from deployments.ingress.request_body import INT32_MAX
+
+__all__ = [
+    "ExtraArguments",
+    "JsonSchema",
+    "JsonSchemaOrText",
+    "LogitBias",
+    "NotServed",
+    "Prompts",
+    "Source",
+    "StopArray",
+    "Stops",
+    "StopsOfOneOrMore",
+    "TextPrompt",
+    "TokenId",
+    "json_without_nan",
+]
+
+_MAX_STOPS = 4
+_MAX_BIASED_TOKENS = 1024
+_MAX_EXTRA_ARGUMENTS = 64
+
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from, for docs/api.md: put into `Annotated`."""
+
+    name: str
+
+
+# --- prompt ----------------------------------------------------------------------------------------------------------
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        kinds = set(map(type, value))
+        if kinds == {str}:
+            return value
+        if kinds == {int}:
+            return [_in_range(value)]
+        if kinds == {list} and all(prompt and set(map(type, prompt)) == {int} for prompt in value):
+            return [_in_range(prompt) for prompt in value]
+    raise ValueError("expected a string, or a non-empty array of strings, of token ids, or of arrays of token ids")
+
+
+def _in_range(token_ids: list[int]) -> list[int]:
+    """Those that fit into a message; whether the model knows them is for the meter to say."""
+    if min(token_ids) < 0 or max(token_ids) > INT32_MAX:
+        raise ValueError("expected token ids of the model")
+    return token_ids
+
+
+def _text_prompt(value: Any) -> list[str | list[int]]:
+    if isinstance(value, str):
+        return [value]
+    raise ValueError("expected a string")
+
+
+_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_PROMPT_SCHEMA = (
+    str | Annotated[list[str], Field(min_length=1)] | _TokenIds | Annotated[list[_TokenIds], Field(min_length=1)]
+)
+Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts, json_schema_input_type=_PROMPT_SCHEMA)]
+"""A text, texts, token ids, or lists of token ids, as a list of prompts."""
+TextPrompt = Annotated[list[str | list[int]], PlainValidator(_text_prompt, json_schema_input_type=str)]
+"""A text, as a list of one prompt."""
+
+
+# --- stop ------------------------------------------------------------------------------------------------------------
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or len(stops) > _MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"expected a non-empty string or an array of up to {_MAX_STOPS} of them")
+    return tuple(stops)
+
+
+def _stop_array(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ValueError(f"expected an array of up to {_MAX_STOPS} non-empty strings")
+    return _stops(value)
+
+
+def _stops_of_one_or_more(value: Any) -> tuple[str, ...]:
+    if value == []:
+        raise ValueError(f"expected an array of 1 to {_MAX_STOPS} non-empty strings")
+    return _stop_array(value)
+
+
+_Stop = Annotated[str, Field(min_length=1)]
+_StopArray = Annotated[list[_Stop], Field(max_length=_MAX_STOPS)]
+Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=_Stop | _StopArray | None)]
+StopArray = Annotated[tuple[str, ...], PlainValidator(_stop_array, json_schema_input_type=_StopArray | None)]
+StopsOfOneOrMore = Annotated[
+    tuple[str, ...],
+    PlainValidator(
+        _stops_of_one_or_more,
+        json_schema_input_type=Annotated[list[_Stop], Field(min_length=1, max_length=_MAX_STOPS)] | None,
+    ),
+]
+
+
+# --- the engine's extras ---------------------------------------------------------------------------------------------
+
+
+def _logit_bias(value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if isinstance(value, dict) and len(value) <= _MAX_BIASED_TOKENS:
+        bias = {
+            int(token_id): float(number)
+            for token_id, number in value.items()
+            if _TOKEN_ID.fullmatch(token_id) and type(number) in (int, float) and -100 <= number <= 100
+        }
+        if len(bias) == len(value):
+            return bias
+    raise ValueError(f"expected an object of up to {_MAX_BIASED_TOKENS} token ids, each with a number from -100 to 100")
+
+
+_TOKEN_ID = re.compile("[0-9]{1,9}")
+LogitBias = Annotated[
+    dict[int, float] | None,
+    PlainValidator(_logit_bias),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                    "maxProperties": _MAX_BIASED_TOKENS,
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+def _extra_arguments(value: Any) -> dict[str, Any] | None:
+    if value is None or (
+        isinstance(value, dict)
+        and len(value) <= _MAX_EXTRA_ARGUMENTS
+        and all(
+            all(map(_is_scalar, entry)) if isinstance(entry, list) else _is_scalar(entry) for entry in value.values()
+        )
+    ):
+        return value
+    raise ValueError(f"expected an object of up to {_MAX_EXTRA_ARGUMENTS} strings, finite numbers, and arrays of these")
+
+
+def _is_scalar(value: Any) -> bool:
+    """What fits into a message."""
+    if type(value) is int:
+        return -(2**63) <= value < 2**63
+    return isinstance(value, str) or (isinstance(value, float) and value - value == 0)
+
+
+_Scalar = str | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float
+ExtraArguments = Annotated[
+    dict[str, Any] | None,
+    PlainValidator(
+        _extra_arguments,
+        json_schema_input_type=Annotated[dict[str, _Scalar | list[_Scalar]], Field(max_length=_MAX_EXTRA_ARGUMENTS)]
+        | None,
+    ),
+]
+
+
+def json_without_nan(value: Any) -> Any:
+    """JSON proper. The parser lets NaN and Infinity pass where any value may stand."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError("expected a JSON schema without NaN and Infinity") from None
+    return value
+
+
+def _json_schema_or_text(value: Any) -> Any:
+    if value is None or isinstance(value, str | dict):
+        return json_without_nan(value)
+    raise ValueError("expected a JSON schema, as an object or as text")
+
+
+JsonSchema = Annotated[dict[str, Any], AfterValidator(json_without_nan)]
+JsonSchemaOrText = Annotated[
+    str | dict[str, Any] | None,
+    PlainValidator(_json_schema_or_text, json_schema_input_type=str | dict[str, Any] | None),
+]
+
+
+# --- what is known and not served ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NotServed:
+    """A parameter that clients know from vLLM and that has no effect here. Null and its neutral value, with which it
+    has none there either, are accepted; all others are refused with the reason. For `Annotated`."""
+
+    reason: str
+    neutral: str | float | bool | None = None
+
+    def _check(self, value: Any) -> Any:
+        if value is None or (value == self.neutral and isinstance(value, bool) == isinstance(self.neutral, bool)):
+            return value
+        raise ValueError(self.reason)
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        accepted: JsonSchemaValue = {"type": "null"} if self.neutral is None else {"enum": [None, self.neutral]}
+        return accepted | {"description": f"Not served: {self.reason}."}

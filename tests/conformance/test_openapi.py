@@ -1,0 +1,82 @@
+"""What /openapi.json promises holds, for whatever fits its schemas and for whatever does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from openapi_spec_validator import OpenAPIV31SpecValidator, validate
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from deployments.ingress.openapi import openapi_document
+from tests.conftest import RunningCluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+EXAMPLES = {"POST /v1/completions": 800, "POST /openai/v1/completions": 350}
+"""Of each operation; 2,000 over all. The others share the rest."""
+OTHERS = 110
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+SCHEMA = schemathesis.openapi.from_dict(openapi_document())
+OPERATIONS = {operation.label: operation for operation in (each.ok() for each in SCHEMA.get_all_operations())}
+
+
+def test_enough_examples_are_drawn() -> None:
+    assert sum(EXAMPLES.get(label, OTHERS) for label in OPERATIONS) >= 2000
+    assert EXAMPLES.keys() <= OPERATIONS.keys()
+
+
+def test_the_document_is_valid_and_the_one_that_is_served(simulated_cluster: RunningCluster) -> None:
+    served = httpx.get(f"{simulated_cluster.url}/openapi.json", trust_env=False).json()
+    validate(served, cls=OpenAPIV31SpecValidator)
+    assert served["openapi"].startswith("3.1")
+    assert served == openapi_document()
+
+
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_answers_are_as_documented(simulated_cluster: RunningCluster, label: str) -> None:
+    operation = OPERATIONS[label]
+    cases = st.one_of(operation.as_strategy(GenerationMode.POSITIVE), operation.as_strategy(GenerationMode.NEGATIVE))
+
+    with requests.Session() as session:
+        session.trust_env = False
+
+        @settings(
+            max_examples=EXAMPLES.get(label, OTHERS),
+            derandomize=True,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
+        )
+        @given(case=cases, model=st.sampled_from(["sim-a", "sim-b", None]), short=st.booleans())
+        def answered(case: Any, model: str | None, short: bool) -> None:
+            if isinstance(case.body, dict):
+                if model is not None:  # else nearly all would be unknown
+                    case.body["model"] = model
+                if short:  # a context full of tokens takes seconds
+                    case.body.pop("max_tokens", None)
+            response = case.call(
+                base_url=simulated_cluster.url, session=session, headers=simulated_cluster.headers, timeout=60
+            )
+            case.validate_response(response, checks=CHECKS)
+
+        answered()
