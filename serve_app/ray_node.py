@@ -225,7 +225,9 @@ def _write_haproxy_launcher(folder: Path, client_timeout_s: int) -> None:
     bounded = rf"s/^\( *\)timeout client .*/&\n\1timeout http-request {client_timeout_s}s/"
     launcher.write_text(
         "#!/bin/sh\n"
-        f"sed -i -e '/timeout http-request/d' -e '{bounded}' {shlex.quote(str(folder / 'haproxy.cfg'))} || exit 1\n"
+        f"settings={shlex.quote(str(folder / 'haproxy.cfg'))}\n"
+        '[ ! -e "$settings" ] || '  # Ray asks for the version first
+        f"sed -i -e '/timeout http-request/d' -e '{bounded}' \"$settings\" || exit 1\n"
         f'exec {shlex.quote(get_haproxy_binary())} -dS "$@"\n'
     )
     launcher.chmod(0o755)

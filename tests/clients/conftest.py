@@ -29,6 +29,7 @@ class Server(NamedTuple):
 @pytest.fixture(scope="package")
 def client_packages() -> Iterator[None]:
     """They can be imported in this process, but not in those of the cluster."""
+    assert PACKAGES.is_dir(), "`make setup` installs requirements/clients.lock there"
     sys.path.append(str(PACKAGES))
     yield
     sys.path.remove(str(PACKAGES))

@@ -54,6 +54,7 @@ def _about(answer: Any) -> Any:
     return pytest.approx(answer, abs=TOLERANCE) if isinstance(answer, float) else answer
 
 
+@pytest.mark.usefixtures("client_packages")
 async def test_the_harness_scores_as_on_vllms_own_server(
     millstream: Server, reference: Server, smollm2: Path, tmp_path: Path
 ) -> None:

@@ -25,7 +25,9 @@ _ROUTES: Final = ("/v1/completions", "/v1/models")
 _FOLDERS: Final = "|".join(re.escape(name) for name in sorted(os.listdir("/")))
 _SUSPECTS: Final = {
     "a path": re.compile(rf"(?<![\w.:/<])(?:(?:~|\.{{1,2}})?/[\w.+@%-]+(?:/[\w.+@%-]+)+|/(?:{_FOLDERS})\b|~/\w)"),
-    "a source file": re.compile(r"\b[\w-]+\.(?:py|pyc|so|cc|cpp|cu|h|hpp|rs|json|safetensors|gguf|db|yaml)\b"),
+    "a source file": re.compile(
+        r"\b[\w-]+\.(?:py|pyc|so|cc|cpp|cu|h|hpp|rs|safetensors|gguf|db|yaml)\b|\b(?:config|tokenizer)\.json\b"
+    ),
     "a class": re.compile(r"\b[A-Z][a-z0-9]+(?:[A-Z][a-z0-9]+)+\b|\b[A-Z]\w*(?:Error|Exception|Warning)\b"),
     "a traceback": re.compile(r"Traceback|File \"|\bline \d+, in\b|most recent call|stack trace", re.IGNORECASE),
     "an object": re.compile(r"\bobject at\b|<class |<function |\b0x[0-9a-fA-F]{6,}|\b__\w+__\b|\bself\.\w"),

@@ -12,9 +12,13 @@ from deployments.contracts import (
     EngineLoad,
     EngineStep,
     FinishReason,
+    PositionLogprobs,
+    RepetitionDetection,
     Sampling,
+    StructuredOutputs,
     Submission,
     TokenDelta,
+    pack,
     unpack,
 )
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
@@ -142,16 +146,77 @@ async def test_choices_of_one_request_are_apart(replica: EngineReplica, engine: 
         assert (await take(steps)).deltas == [TokenDelta(1, [0]), TokenDelta(2, [1])]
 
 
-async def test_a_generation_that_fails_while_it_is_submitted_is_told_on_the_stream(
-    replica: EngineReplica, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("reason", "message", "param"),
+    [
+        ("failed", "KeyError", None),
+        ("refused", "too long", None),
+        ("refused", "no such grammar", "guided_grammar"),
+    ],
+)
+async def test_a_generation_that_ends_while_it_is_submitted_is_told_on_the_stream(
+    replica: EngineReplica,
+    engine: ScriptedEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: FinishReason,
+    message: str,
+    param: str | None,
 ) -> None:
     def refuse(key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver, *, resumed: bool = False) -> None:
-        deliver([], "failed", message="too long")
+        deliver([], reason, message=message, param=param)
 
     monkeypatch.setattr(engine, "submit", refuse)
     async with aclosing(await opened(replica)) as steps:
         assert replica.submit("s", [submission(1)]) == ["accepted"]
-        assert (await take(steps)).deltas == [TokenDelta(1, [], "failed", message="too long")]
+        assert (await take(steps)).deltas == [TokenDelta(1, [], reason, message=message, param=param)]
+    assert engine.aborted == []
+
+
+async def test_everything_that_the_engine_tells_travels_on_the_stream(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    of_prompt = [None, PositionLogprobs([2, 7], [-3.5, -0.25], [90, 1]), PositionLogprobs([3], [-0.5], [1])]
+    of_token = PositionLogprobs([10, 11], [-0.125, -float("inf")], [1, 40_000])
+    async with aclosing(await opened(replica)) as steps:
+        replica.submit("s", [submission(1)])
+        [deliver] = engine.alive.values()
+        deliver([10], None, cached_tokens=2, logprobs=[of_token], prompt_logprobs=of_prompt)
+        deliver([11], "refused", message="The grammar allows no token.", param="guided_grammar", logprobs=[of_token])
+        assert (await take(steps)).deltas == [
+            TokenDelta(
+                1,
+                [10, 11],
+                "refused",
+                2,
+                "The grammar allows no token.",
+                "guided_grammar",
+                [of_token, of_token],
+                of_prompt,
+            )
+        ]
+
+
+async def test_what_a_generation_is_asked_to_do_reaches_the_engine_whole(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    sampling = Sampling(
+        max_tokens=8,
+        logprobs=2,
+        prompt_logprobs=0,
+        logprob_token_ids=(5, 6),
+        logit_bias={5: -100.0, 6: 2.5},
+        allowed_token_ids=(5, 6),
+        bad_words=("worse",),
+        structured_outputs=StructuredOutputs(choice=("yes", "no")),
+        repetition_detection=RepetitionDetection(8, 1, 3),
+        extra_args={"watermark": [1, "a", 0.5]},
+        priority=-3,
+        cache_salt="salt",
+    )
+    sent = unpack(pack(Submission(1, "r", [1, 2, 3], sampling)), Submission)
+    async with aclosing(await opened(replica)):
+        replica.submit("s", [sent])
+        assert engine.submitted == [([1, 2, 3], sampling)]
 
 
 # --- aborts and the end of a stream -------------------------------------------------------------------------------

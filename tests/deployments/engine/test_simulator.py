@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.contracts import FinishReason, Sampling
+from deployments.contracts import FinishReason, PositionLogprobs, Sampling
 from deployments.engine.simulator import SimulatedOutput, Simulator, SimulatorSettings, Step
 
 no_deadline = settings(deadline=None)
@@ -131,6 +131,98 @@ def test_the_first_min_tokens_tokens_end_nothing() -> None:
     assert finished([1, 2, 3], max_tokens=10, min_tokens=0, stop_token_ids=stops) == (whole[:1], "stop_token")
 
 
+# --- log probabilities --------------------------------------------------------------------------------------------
+
+
+def positions_of(prompt: list[int], **sampling: Any) -> list[PositionLogprobs]:
+    """What one generation tells of its tokens; nothing if nothing was asked for."""
+    engine = simulator()
+    submit(engine, "a", prompt, **sampling)
+    return [output.logprobs for output in outputs_of(run(engine), "a") if output.logprobs is not None]
+
+
+def prompt_positions_of(prompt: list[int], **sampling: Any) -> list[PositionLogprobs | None]:
+    engine = simulator()
+    submit(engine, "a", prompt, **sampling)
+    first, *others = outputs_of(run(engine), "a")
+    assert [output.prompt_logprobs for output in others] == [None] * len(others)
+    return first.prompt_logprobs or []
+
+
+@no_deadline
+@given(prompts, st.none() | st.integers(0, 5), st.none() | st.integers(0, 5), st.none() | st.integers(0, 9))
+def test_asking_for_log_probabilities_changes_no_token(
+    prompt: list[int], logprobs: int | None, prompt_logprobs: int | None, seed: int | None
+) -> None:
+    plain = complete(prompt, seed=seed)
+    assert complete(prompt, seed=seed, logprobs=logprobs, prompt_logprobs=prompt_logprobs) == plain
+    assert complete(prompt, seed=seed, logprobs=logprobs, logprob_token_ids=(1, 2)) == plain
+
+
+def test_log_probabilities_are_told_only_where_they_were_asked_for() -> None:
+    assert positions_of([1, 2, 3]) == []
+    assert positions_of([1, 2, 3], prompt_logprobs=2) == []
+    assert prompt_positions_of([1, 2, 3]) == []
+    assert prompt_positions_of([1, 2, 3], logprobs=2) == []
+
+
+@given(prompts, st.integers(0, 99))
+def test_the_likeliest_token_is_generated_and_told_first(prompt: list[int], likeliest: int) -> None:
+    tokens = complete(prompt)
+    positions = positions_of(prompt, logprobs=likeliest)
+    assert [position.token_ids[0] for position in positions] == tokens
+    for position in positions:
+        assert position.ranks == list(range(1, max(1, likeliest) + 1))
+        assert len(set(position.token_ids)) == len(position.token_ids) == len(position.logprobs)
+        assert position.logprobs == sorted(position.logprobs, reverse=True)
+        assert max(position.logprobs) < 0
+
+
+@given(prompts, st.integers(0, 5), st.none() | st.integers(0, 9))
+def test_scoring_a_text_tells_what_generating_it_told(prompt: list[int], likeliest: int, seed: int | None) -> None:
+    tokens = complete(prompt, seed=seed)
+    generated = positions_of(prompt, seed=seed, logprobs=likeliest)
+    scored = prompt_positions_of(prompt + tokens, seed=seed, prompt_logprobs=likeliest, max_tokens=1)
+    assert scored[len(prompt) :] == generated
+
+
+@given(prompts, st.integers(0, 5))
+def test_the_tokens_of_a_prompt_come_first_and_the_likeliest_after_them(prompt: list[int], likeliest: int) -> None:
+    first, *others = prompt_positions_of(prompt, prompt_logprobs=likeliest)
+    assert first is None
+    assert [position.token_ids[0] for position in others if position] == prompt[1:]
+    for position in others:
+        assert position is not None
+        own = position.ranks[0]
+        assert sorted(position.ranks) == sorted({own, *range(1, likeliest + 1)})
+        assert position.ranks[1:] == sorted(position.ranks[1:])
+        by_rank = sorted(zip(position.ranks, position.logprobs, strict=True))
+        assert [logprob for _, logprob in by_rank] == sorted(position.logprobs, reverse=True)
+
+
+def test_chosen_tokens_are_told_instead_of_the_likeliest() -> None:
+    tokens = complete([1, 2, 3], max_tokens=3)
+    others = [token for token in range(100) if token not in tokens][:2]
+    positions = positions_of([1, 2, 3], max_tokens=3, logprobs=5, logprob_token_ids=(*others, tokens[1]))
+    assert [position.token_ids for position in positions] == [
+        [tokens[0], *others, tokens[1]],
+        [tokens[1], *others],  # not told twice
+        [tokens[2], *others, tokens[1]],
+    ]
+    likely = positions_of([1, 2, 3], max_tokens=3, logprobs=99)
+    for position, all_tokens in zip(positions, likely, strict=True):
+        known = dict(zip(all_tokens.token_ids, all_tokens.logprobs, strict=True))
+        assert position.logprobs == [known[token] for token in position.token_ids]
+
+
+def test_log_probabilities_keep_to_the_tokens_that_can_be_generated() -> None:
+    engine = simulator(vocabulary_tokens=12, first_token=10)
+    submit(engine, "a", [10, 11, 10], logprobs=2, prompt_logprobs=2)
+    outputs = outputs_of(run(engine), "a")
+    positions = [*(output.logprobs for output in outputs), *(outputs[0].prompt_logprobs or [])[1:]]
+    assert all(position is not None and set(position.token_ids) == {10, 11} for position in positions)
+
+
 # --- batching and time --------------------------------------------------------------------------------------------
 
 
@@ -219,6 +311,32 @@ def test_without_a_prefix_cache_nothing_is_cached() -> None:
     assert [cached_tokens(engine, list(range(10))) for _ in range(2)] == [0, 0]
 
 
+def test_scoring_a_prompt_uses_no_cache_and_fills_it_all_the_same() -> None:
+    """As in vLLM, which computes all of such a prompt."""
+    engine = simulator(kv_block_tokens=4, prefill_tokens_per_s=1000.0, step_s=0.0)
+    prompt = list(range(10))
+    for _ in range(2):
+        submit(engine, "scored", prompt, max_tokens=1, prompt_logprobs=0)
+        [step] = run(engine)
+        assert step.duration_s == pytest.approx(0.010)
+        assert [output.cached_tokens for output in step.outputs] == [0]
+    free = engine.load().kv_blocks_free
+    assert free == engine.load().kv_blocks_total
+    assert cached_tokens(engine, prompt) == 8
+
+
+def test_scored_prompts_share_their_blocks_while_they_run() -> None:
+    engine = simulator(kv_block_tokens=4, kv_blocks=4)
+    for key in "ab":  # two blocks of the prompt together, and one for the tokens of each
+        submit(engine, key, list(range(8)), max_tokens=4, prompt_logprobs=1)
+    engine.step()
+    assert (engine.load().running, engine.load().kv_blocks_free) == (2, 0)
+    assert engine.abort("a")
+    assert engine.load().kv_blocks_free == 1
+    run(engine)
+    assert engine.load().kv_blocks_free == 4
+
+
 def test_cached_prompt_tokens_cost_no_prefill() -> None:
     engine = simulator(kv_block_tokens=4, prefill_tokens_per_s=1000.0, step_s=0.0)
     submit(engine, "a", list(range(10)), max_tokens=1)
@@ -261,15 +379,17 @@ def test_aborting_tells_whether_there_was_such_a_sequence() -> None:
 
 _BLOCK_TOKENS, _BLOCKS, _MAX_SEQS = 2, 12, 3
 
-submissions = st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(1, 5))
+submissions = st.tuples(
+    st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(1, 5), st.none() | st.integers(0, 2)
+)
 operations = st.lists(st.one_of(submissions, st.integers(0, 5), st.none()), max_size=60)
-"""A prompt and max_tokens to submit, the place of a living sequence to abort, or None for a step."""
+"""A prompt, max_tokens and prompt_logprobs to submit, the place of a living sequence to abort, or None for a step."""
 
 
 @settings(deadline=None, max_examples=300)
 @given(operations, st.booleans(), st.integers(1, 8))
 def test_kv_blocks_are_conserved_whatever_happens(
-    script: list[tuple[list[int], int] | int | None], prefix_cache: bool, chunk: int
+    script: list[tuple[list[int], int, int | None] | int | None], prefix_cache: bool, chunk: int
 ) -> None:
     engine = simulator(
         kv_block_tokens=_BLOCK_TOKENS,
@@ -278,7 +398,7 @@ def test_kv_blocks_are_conserved_whatever_happens(
         prefix_cache=prefix_cache,
         max_prefill_tokens_per_step=chunk,
     )
-    alive: dict[str, tuple[list[int], int]] = {}
+    alive: dict[str, tuple[list[int], int, int | None]] = {}
     """In order of submission, which is the order of admission."""
     generated: dict[str, int] = {}
 
@@ -289,7 +409,7 @@ def test_kv_blocks_are_conserved_whatever_happens(
         assert load.running + load.waiting == len(alive)
         shared: set[tuple[int, ...]] = set()
         private = 0
-        for prompt, max_tokens in list(alive.values())[: load.running]:
+        for prompt, max_tokens, _ in list(alive.values())[: load.running]:
             full_blocks = len(prompt) // _BLOCK_TOKENS if prefix_cache else 0
             shared |= {tuple(prompt[: (block + 1) * _BLOCK_TOKENS]) for block in range(full_blocks)}
             private += -(-(len(prompt) + max_tokens) // _BLOCK_TOKENS) - full_blocks
@@ -299,6 +419,10 @@ def test_kv_blocks_are_conserved_whatever_happens(
     def step() -> None:
         for output in engine.step().outputs:
             generated[output.key] += 1
+            prompt, _, prompt_logprobs = alive[output.key]
+            if prompt_logprobs is not None:
+                assert output.cached_tokens == 0
+                assert len(output.prompt_logprobs or []) == (len(prompt) if generated[output.key] == 1 else 0)
             assert (output.finish_reason is not None) == (generated[output.key] == alive[output.key][1])
             if output.finish_reason is not None:
                 del alive[output.key]
@@ -307,7 +431,8 @@ def test_kv_blocks_are_conserved_whatever_happens(
         if isinstance(operation, tuple):
             alive[str(number)] = operation
             generated[str(number)] = 0
-            submit(engine, str(number), operation[0], max_tokens=operation[1])
+            prompt, max_tokens, prompt_logprobs = operation
+            submit(engine, str(number), prompt, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
         elif operation is None:
             step()
         elif operation < len(alive):

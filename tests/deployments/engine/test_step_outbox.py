@@ -9,7 +9,7 @@ from contextlib import aclosing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.contracts import EngineLoad, EngineStep, TokenDelta
+from deployments.contracts import EngineLoad, EngineStep, PositionLogprobs, TokenDelta
 from deployments.engine.step_outbox import StepOutbox
 
 NEVER_S = 3600.0
@@ -69,6 +69,58 @@ async def test_a_failure_keeps_its_words_and_the_tokens_before_it() -> None:
         outbox.push(TokenDelta(1, [10], None))
         outbox.push(TokenDelta(1, [], "failed", message="OutOfBlocks"))
         assert (await anext(steps)).deltas == [TokenDelta(1, [10], "failed", 0, "OutOfBlocks")]
+
+
+async def test_a_refusal_keeps_its_words_and_the_parameter_it_names() -> None:
+    outbox = idle_outbox()
+    async with aclosing(await opened(outbox)) as steps:
+        outbox.push(TokenDelta(1, [], "refused", message="No such grammar.", param="guided_grammar"))
+        assert (await anext(steps)).deltas == [TokenDelta(1, [], "refused", 0, "No such grammar.", "guided_grammar")]
+        outbox.push(TokenDelta(2, [20], None))
+        outbox.push(TokenDelta(2, [], "refused", message="Too long.", param="prompt"))
+        assert (await anext(steps)).deltas == [TokenDelta(2, [20], "refused", 0, "Too long.", "prompt")]
+
+
+def position(token_id: int) -> PositionLogprobs:
+    return PositionLogprobs([token_id, 0], [-0.1 * token_id, -0.5], [2, 1])
+
+
+async def test_log_probabilities_are_merged_with_their_tokens() -> None:
+    outbox = idle_outbox()
+    async with aclosing(await opened(outbox)) as steps:
+        outbox.push(TokenDelta(1, [10], logprobs=[position(10)]))
+        outbox.push(TokenDelta(2, [20]))  # of whose tokens nothing was asked
+        outbox.push(TokenDelta(1, [11, 12], logprobs=[position(11), position(12)]))
+        outbox.push(TokenDelta(2, [21]))
+        outbox.push(TokenDelta(1, [], "length"))
+        assert (await anext(steps)).deltas == [
+            TokenDelta(1, [10, 11, 12], "length", logprobs=[position(10), position(11), position(12)]),
+            TokenDelta(2, [20, 21]),
+        ]
+
+
+async def test_log_probabilities_of_the_prompt_are_kept_by_a_merge_and_sent_once() -> None:
+    outbox = idle_outbox()
+    of_prompt = [None, position(3)]
+    async with aclosing(await opened(outbox)) as steps:
+        outbox.push(TokenDelta(1, [10], cached_tokens=1, logprobs=[position(10)], prompt_logprobs=of_prompt))
+        outbox.push(TokenDelta(1, [11], logprobs=[position(11)]))
+        merged = TokenDelta(1, [10, 11], None, 1, logprobs=[position(10), position(11)], prompt_logprobs=of_prompt)
+        assert (await anext(steps)).deltas == [merged]
+        outbox.push(TokenDelta(1, [12], "length", logprobs=[position(12)]))
+        assert (await anext(steps)).deltas == [TokenDelta(1, [12], "length", logprobs=[position(12)])]
+
+
+async def test_a_merge_leaves_the_pushed_log_probabilities_as_they_are() -> None:
+    outbox = idle_outbox()
+    async with aclosing(await opened(outbox)) as steps:
+        pushed = [position(10)]
+        outbox.push(TokenDelta(1, [10], logprobs=pushed))
+        outbox.push(TokenDelta(1, [11], logprobs=[position(11)]))
+        taken = await anext(steps)
+        outbox.push(TokenDelta(1, [12], logprobs=[position(12)]))
+        assert pushed == [position(10)]
+        assert taken.deltas[0].logprobs == [position(10), position(11)]
 
 
 async def test_what_was_pulled_is_not_sent_again() -> None:
@@ -176,7 +228,7 @@ async def test_a_receiver_that_never_pulls_costs_one_delta_per_generation() -> N
 @settings(deadline=None)
 @given(st.lists(st.one_of(st.none(), st.integers(0, 3)), max_size=50))
 def test_every_token_is_sent_once_in_order_and_sequence_numbers_have_no_gaps(script: list[int | None]) -> None:
-    """None pulls, a number pushes the next token of that generation."""
+    """None pulls, a number pushes the next token of that generation. Odd ones tell log probabilities."""
     outbox = idle_outbox()
     pushed: dict[int, list[int]] = {}
     received: dict[int, list[int]] = {}
@@ -186,6 +238,8 @@ def test_every_token_is_sent_once_in_order_and_sequence_numbers_have_no_gaps(scr
         sequence.append(step.sequence)
         for delta in step.deltas:
             received.setdefault(delta.generation, []).extend(delta.token_ids)
+            asked = delta.generation % 2 == 1
+            assert delta.logprobs == ([position(token_id) for token_id in delta.token_ids] if asked else None)
 
     async def play() -> None:
         steps = outbox.steps()
@@ -193,7 +247,8 @@ def test_every_token_is_sent_once_in_order_and_sequence_numbers_have_no_gaps(scr
         news = False
         for token, generation in enumerate(script):
             if generation is not None:
-                outbox.push(TokenDelta(generation, [token], None))
+                logprobs = [position(token)] if generation % 2 else None
+                outbox.push(TokenDelta(generation, [token], None, logprobs=logprobs))
                 pushed.setdefault(generation, []).append(token)
                 news = True
             elif news:  # else the receiver would wait for the heartbeat

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.ingress.catalog import Catalog, CatalogEntry
+from deployments.ingress.catalog import Catalog, CatalogEntry, Infilling
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.errors import ModelNotFound
 from deployments.ingress.replica_stream import SILENCE_LIMIT_S
@@ -136,6 +136,24 @@ async def test_nothing_happens_to_models_that_stay_as_they_are(folder: Path) -> 
         await catalog.replace([entry("a", folder), entry("b", folder)])
         await asyncio.sleep(5)
         assert catalog.find("a") is before
+
+
+@in_virtual_time
+async def test_the_texts_of_tokens_are_kept_as_long_as_the_model_stays_as_it_is(folder: Path) -> None:
+    serve = Serve("model-a")
+    async with following(serve) as catalog:
+        await catalog.replace([entry("a", folder)])
+        texts = catalog.find("a").token_texts
+        assert texts.alone(2) == "a"
+        assert catalog.find("a").token_texts is texts
+        await catalog.replace([entry("a", folder).model_copy(update={"fingerprint": "fp_2"})])  # other files, maybe
+        assert catalog.find("a").token_texts is not texts
+        assert catalog.find("a").token_texts.alone(2) == "a"
+
+
+def test_a_gap_is_put_to_the_model_as_prefix_suffix_and_middle() -> None:
+    infilling = Infilling(prefix="<PRE>", suffix="<SUF>", middle="<MID>")
+    assert infilling.prompt("def f(", "): pass") == "<PRE>def f(<SUF>): pass<MID>"
 
 
 @in_virtual_time

@@ -6,11 +6,23 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from deployments.contracts import AdmissionRefused, AdmissionRequest, Admitted, KeyInfo, Settlement
+from deployments.contracts import (
+    AdmissionRefused,
+    AdmissionRequest,
+    Admitted,
+    KeyInfo,
+    PromptOptions,
+    Settlement,
+    pack,
+    unpack,
+)
 from deployments.meter.catalogue import MeteredModel
 from deployments.meter.errors import (
     LedgerBusy,
@@ -61,7 +73,9 @@ def ask(
     max_tokens: int = 4,
     choices: int = 1,
     request_id: str = "cmpl-1",
+    **options: Any,
 ) -> AdmissionRequest:
+    """`options` are PromptOptions."""
     return AdmissionRequest(
         request_id=request_id,
         key_id="admin",
@@ -69,6 +83,7 @@ def ask(
         prompts=list(prompts),
         max_tokens=max_tokens,
         choices=choices,
+        options=PromptOptions(**options),
     )
 
 
@@ -163,6 +178,154 @@ async def test_a_long_prompt_neither_holds_the_event_loop_nor_delays_short_ones(
     assert finished_before > 50
     # A tokenizer that kept the GIL would show a lag of the whole duration; other processes cause some too.
     assert worst_lag_s < duration_s / 5
+
+
+# --- prompt options ---------------------------------------------------------------------------------------
+
+
+async def test_without_options_prompts_are_taken_as_vllm_takes_them(meter: Meter, tmp_path: Path) -> None:
+    meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "begin", begin=True), CONTEXT)])
+    request = ask("mill", [5, 6])
+    assert unpack(pack(request), AdmissionRequest).options == PromptOptions(True, None, "right")
+    assert [ids[0] for ids in await admitted(meter, request)] == [BEGIN_ID, 5]
+
+
+async def test_special_tokens_are_left_out_where_asked(meter: Meter, tmp_path: Path) -> None:
+    meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "begin", begin=True), CONTEXT)])
+    assert (await refused(meter, ask("", add_special_tokens=False))).code == "empty_prompt"
+    [with_begin] = await admitted(meter, ask("mill"))
+    assert await admitted(meter, ask("mill", [5], add_special_tokens=False)) == [with_begin[1:], [5]]
+
+
+@pytest.mark.parametrize(
+    ("side", "keep", "kept"),
+    [
+        ("right", 3, [1, 2, 3]),
+        ("left", 3, [5, 6, 7]),
+        ("right", 1, [1]),
+        ("left", 1, [7]),
+        ("right", 7, [1, 2, 3, 4, 5, 6, 7]),
+        ("left", 8, [1, 2, 3, 4, 5, 6, 7]),
+        ("left", 2**31 - 1, [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+async def test_longer_prompts_are_cut_where_asked(meter: Meter, side: str, keep: int, kept: list[int]) -> None:
+    request = ask([1, 2, 3, 4, 5, 6, 7], "zyxwvut", truncate_prompt_tokens=keep, truncation_side=side)
+    ids, text = await admitted(meter, request)
+    assert ids == kept
+    [whole] = await admitted(meter, ask("zyxwvut"))
+    assert text == [whole[place - 1] for place in kept]
+
+
+async def test_prompts_are_cut_on_the_right_unless_told_otherwise(meter: Meter) -> None:
+    assert await admitted(meter, ask([1, 2, 3], truncate_prompt_tokens=2)) == [[1, 2]]
+
+
+async def test_special_tokens_count_among_those_that_are_kept(meter: Meter, tmp_path: Path) -> None:
+    meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "begin", begin=True), CONTEXT)])
+    [whole] = await admitted(meter, ask("zyx"))
+    assert await admitted(meter, ask("zyx", truncate_prompt_tokens=2)) == [[BEGIN_ID, whole[1]]]
+    assert await admitted(meter, ask("zyx", truncate_prompt_tokens=2, truncation_side="left")) == [whole[-2:]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("max_tokens", "room"), [(4, CONTEXT - 4), (CONTEXT - 1, 1)])
+async def test_as_much_is_kept_as_the_context_has_room_for(meter: Meter, side: str, max_tokens: int, room: int) -> None:
+    ids, text = list(range(1, 100)), "zyxw" * 50
+    options: dict[str, Any] = {"max_tokens": max_tokens, "truncate_prompt_tokens": -1, "truncation_side": side}
+    [whole] = await admitted(meter, ask(text, model="roomy"))
+    assert len(whole) > CONTEXT
+    expected = [ids[:room], whole[:room]] if side == "right" else [ids[-room:], whole[-room:]]
+    assert await admitted(meter, ask(ids, text, **options)) == expected
+    assert await admitted(meter, ask([1], "z", **options)) == [[1], whole[:1]]
+
+
+@pytest.mark.parametrize("prompt", [[7] * 200, "z" * 200, [7], "z"])
+@pytest.mark.parametrize("max_tokens", [CONTEXT, CONTEXT + 1, 10_000])
+async def test_a_completion_that_leaves_the_prompt_no_room_is_refused_whatever_is_cut(
+    meter: Meter, prompt: str | list[int], max_tokens: int
+) -> None:
+    refusal = await refused(meter, ask(prompt, max_tokens=max_tokens, truncate_prompt_tokens=-1))
+    assert (refusal.code, refusal.param) == ("context_length_exceeded", "prompt")
+    assert f"requested {max_tokens + 1} tokens (1 in the prompt; {max_tokens} for the" in refusal.message
+
+
+@pytest.mark.parametrize("prompt", ["z" * 200, [7] * 200])
+async def test_the_context_is_checked_after_the_cut(meter: Meter, prompt: str | list[int]) -> None:
+    assert (await refused(meter, ask(prompt))).code == "context_length_exceeded"
+    fits, too_long = CONTEXT - 4, CONTEXT - 3
+    refusal = await refused(meter, ask(prompt, truncate_prompt_tokens=too_long))
+    assert refusal.code == "context_length_exceeded"
+    assert f"requested {CONTEXT + 1} tokens ({too_long} in the prompt; 4 for the completion)" in refusal.message
+    assert [len(ids) for ids in await admitted(meter, ask(prompt, truncate_prompt_tokens=fits))] == [fits]
+
+
+async def test_what_is_reserved_is_what_is_left_of_the_prompts(tmp_path: Path) -> None:
+    reservations = Recorded()
+    meter = make_meter(tmp_path, reservations=reservations)
+    meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path), CONTEXT)])
+    await admitted(meter, ask([1] * 50, "z" * 50, [1], max_tokens=6, choices=2, truncate_prompt_tokens=5))
+    [reservation] = reservations.made
+    assert (reservation.prompt_tokens, reservation.completion_tokens) == (5 + 5 + 1, 3 * 2 * 6)
+    await meter.close()
+
+
+class Recorded(Reservations):
+    """Keeps what was reserved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Reservation] = []
+
+    def reserve(self, request_id: str, reservation: Reservation) -> None:
+        self.made.append(reservation)
+        super().reserve(request_id, reservation)
+
+
+@pytest.mark.parametrize("prompt", [[1, 10_000, 2], [10_000, 1, 2], [1, 2, 10_000]])
+async def test_tokens_that_are_cut_off_are_not_looked_at(meter: Meter, prompt: list[int]) -> None:
+    for side, kept in (("right", prompt[:1]), ("left", prompt[-1:])):
+        answer = await meter.admit(ask(prompt, truncate_prompt_tokens=1, truncation_side=side))
+        if kept == [10_000]:
+            assert isinstance(answer, AdmissionRefused)
+            assert (answer.code, answer.param) == ("token_out_of_vocabulary", "prompt")
+        else:
+            assert answer == Admitted([kept])
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.text("zyx é", max_size=70) | st.lists(st.integers(1, 200), max_size=70), min_size=1, max_size=4),
+    st.none() | st.just(-1) | st.integers(1, 70),
+    st.sampled_from(["left", "right"]),
+    st.integers(1, 70),
+)
+async def test_what_is_admitted_is_never_empty_fits_and_is_an_end_of_the_prompt(
+    meter: Meter, prompts: list[str | list[int]], keep: int | None, side: str, max_tokens: int
+) -> None:
+    answer = await meter.admit(ask(*prompts, max_tokens=max_tokens, truncate_prompt_tokens=keep, truncation_side=side))
+    wholes = [prompt if isinstance(prompt, list) else (await whole_of(meter, prompt)) for prompt in prompts]
+    limit = CONTEXT - max_tokens if keep == -1 else keep
+    lengths = [len(whole) if limit is None else min(len(whole), max(1, limit)) for whole in wholes]
+    if not all(lengths):
+        assert isinstance(answer, AdmissionRefused)
+        assert answer.code in ("empty_prompt", "context_length_exceeded")
+    elif max(lengths) + max_tokens > CONTEXT:
+        assert isinstance(answer, AdmissionRefused)
+        assert answer.code == "context_length_exceeded"
+    else:
+        assert isinstance(answer, Admitted)
+        cut = zip(wholes, lengths, strict=True)
+        assert answer.token_ids == [
+            whole[:length] if side == "right" else whole[len(whole) - length :] for whole, length in cut
+        ]
+
+
+async def whole_of(meter: Meter, prompt: str) -> list[int]:
+    if not prompt:
+        return []
+    [ids] = await admitted(meter, ask(prompt, model="roomy"))
+    return ids
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
