@@ -225,9 +225,12 @@ def _write_haproxy_launcher(folder: Path, client_timeout_s: int) -> None:
     bounded = rf"s/^\( *\)timeout client .*/&\n\1timeout http-request {client_timeout_s}s/"
     launcher.write_text(
         "#!/bin/sh\n"
-        f"settings={shlex.quote(str(folder / 'haproxy.cfg'))}\n"
-        '[ ! -e "$settings" ] || '  # Ray asks for the version first
-        f"sed -i -e '/timeout http-request/d' -e '{bounded}' \"$settings\" || exit 1\n"
+        "for argument; do\n"
+        '  case "$option" in -f)\n'
+        f"    sed -i -e '/timeout http-request/d' -e '{bounded}' \"$argument\" || exit 1 ;;\n"
+        "  esac\n"
+        "  option=$argument\n"
+        "done\n"
         f'exec {shlex.quote(get_haproxy_binary())} -dS "$@"\n'
     )
     launcher.chmod(0o755)

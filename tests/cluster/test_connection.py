@@ -129,9 +129,10 @@ async def test_without_configuration_a_preflight_is_405_without_cors(simulated_c
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "not streamed"])
 def test_haproxy_waits_no_longer_for_headers_and_readers_than_it_is_told(simulated_cluster: RunningCluster) -> None:
     node = json.loads((simulated_cluster.home / "run" / "cluster.json").read_text())
-    settings = (Path(node["folder"]) / "haproxy.cfg").read_text()
+    (path,) = Path(node["folder"]).glob("*/haproxy.cfg")
+    settings = path.read_text()
     waits = re.findall(r"^ *timeout (?:client|http-request) (\S+)$", settings, re.MULTILINE)
-    assert len(waits) >= 4
+    assert len(waits) >= 2
     assert set(waits) == {"65s"}  # the ingress gives up after 60 s
 
 
