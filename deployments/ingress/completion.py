@@ -7,6 +7,7 @@ what the request used, by completion_response.py.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,7 +109,7 @@ class Completion:
             ("allowed_token_ids", request.allowed_token_ids),
             ("logprob_token_ids", request.logprob_token_ids),
         ):
-            for token_id in token_ids or ():
+            for token_id in set(token_ids or ()):
                 if model.tokenizer.id_to_token(token_id) is None:
                     raise InvalidRequest(f"Token id {token_id} is out of vocabulary.", param=param)
 
@@ -188,8 +189,6 @@ class Completion:
         """None when there is nothing to show yet."""
         request = self.request
         if request.tokens_per_choice == 0:  # the engine makes one token all the same, for nobody
-            if not delta.token_ids:
-                return None
             token_ids: list[int] = []
             text = TextDelta("", 0, "length")
         else:
@@ -236,7 +235,7 @@ class Completion:
         logprobs = None
         if candidate.logprobs is not None:
             if first and request.echo:
-                logprobs = candidate.logprobs.prompt(prompt, delta.prompt_logprobs or [])
+                logprobs = candidate.logprobs.prompt(prompt, delta.prompt_logprobs or [None] * len(prompt))
                 logprobs.extend(candidate.logprobs.generated(token_ids, positions))
             else:
                 logprobs = candidate.logprobs.generated(token_ids, positions)
@@ -269,7 +268,7 @@ class Completion:
 
     def _likelihood(self, number: int) -> float:
         candidate = self._candidates[number]
-        return candidate.log_probability / max(1, candidate.used)
+        return candidate.log_probability / candidate.used if candidate.used else -math.inf
 
     def usage(self) -> Usage:
         """So far."""

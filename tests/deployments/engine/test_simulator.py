@@ -50,6 +50,7 @@ def complete(prompt: list[int], *, max_tokens: int = 8, seed: int | None = None,
 # --- which tokens -------------------------------------------------------------------------------------------------
 
 
+@no_deadline
 @given(prompts, st.none() | st.integers(-5, 1 << 64))
 def test_the_same_prompt_and_seed_give_the_same_tokens(prompt: list[int], seed: int | None) -> None:
     assert complete(prompt, seed=seed) == complete(list(prompt), seed=seed)
@@ -87,6 +88,7 @@ def test_the_other_sequences_of_a_batch_do_not_change_the_tokens(batch: list[lis
         assert [output.token_id for output in outputs_of(steps, str(number))] == complete(prompt)
 
 
+@no_deadline
 @given(prompts)
 def test_special_tokens_are_never_generated(prompt: list[int]) -> None:
     engine = simulator(vocabulary_tokens=12, first_token=10)
@@ -97,6 +99,7 @@ def test_special_tokens_are_never_generated(prompt: list[int]) -> None:
 # --- when a generation ends ---------------------------------------------------------------------------------------
 
 
+@no_deadline
 @given(prompts, st.integers(1, 20))
 def test_a_generation_ends_at_max_tokens(prompt: list[int], max_tokens: int) -> None:
     engine = simulator()
@@ -166,6 +169,7 @@ def test_log_probabilities_are_told_only_where_they_were_asked_for() -> None:
     assert prompt_positions_of([1, 2, 3], logprobs=2) == []
 
 
+@no_deadline
 @given(prompts, st.integers(0, 99))
 def test_the_likeliest_token_is_generated_and_told_first(prompt: list[int], likeliest: int) -> None:
     tokens = complete(prompt)
@@ -178,6 +182,7 @@ def test_the_likeliest_token_is_generated_and_told_first(prompt: list[int], like
         assert max(position.logprobs) < 0
 
 
+@no_deadline
 @given(prompts, st.integers(0, 5), st.none() | st.integers(0, 9))
 def test_scoring_a_text_tells_what_generating_it_told(prompt: list[int], likeliest: int, seed: int | None) -> None:
     tokens = complete(prompt, seed=seed)
@@ -186,6 +191,7 @@ def test_scoring_a_text_tells_what_generating_it_told(prompt: list[int], likelie
     assert scored[len(prompt) :] == generated
 
 
+@no_deadline
 @given(prompts, st.integers(0, 5))
 def test_the_tokens_of_a_prompt_come_first_and_the_likeliest_after_them(prompt: list[int], likeliest: int) -> None:
     first, *others = prompt_positions_of(prompt, prompt_logprobs=likeliest)
