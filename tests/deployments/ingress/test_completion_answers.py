@@ -383,14 +383,17 @@ async def test_a_client_that_leaves_while_its_prompt_is_scored_pays_no_completio
 async def test_scoring_ends_when_the_engine_ends_without_a_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    def ends_at_once(
+    submit = SimulatedEngine.submit
+
+    def without_a_token(
         self: SimulatedEngine, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver, **more: Any
     ) -> None:
-        deliver([], "stop")
+        submit(self, key, token_ids, sampling, lambda *_, **__: deliver([], "stop"), **more)
 
-    monkeypatch.setattr(SimulatedEngine, "submit", ends_at_once)
+    monkeypatch.setattr(SimulatedEngine, "submit", without_a_token)
     async with gateway(tmp_path) as gate:
         scored = await answer(gate, stream, prompt="abc", max_tokens=0, echo=True, logprobs=1)
+        assert await settled(gate) == ("finished", 3, 0, 1)
     [choice] = scored.choices
     assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
     assert choice["logprobs"]["token_logprobs"] == [None, None, None]
