@@ -89,6 +89,16 @@ With `stream` the answer is `text/event-stream`: `data: {{chunk}}` for each delt
 - A comment, `: keep-alive`, is sent while nothing else was for some time (`ingress.keep_alive_s`, 15 s). Clients ignore
   it.
 - A client that closes the connection ends the generation.
+
+### Where it differs from vLLM's own server
+
+Texts, log probabilities, offsets, reasons and usage are those of vLLM's server on the same weights
+(tests/conformance/test_values.py), but for these:
+
+- `max_tokens: 0` counts no completion token and ends with `length`; vLLM counts the one that it makes to score with.
+- `echo` with `return_token_ids` keeps the prompt's text, and a truncated prompt is echoed as the model saw it.
+- `best_of` exists, and `finish_reason` is only ever `stop` or `length`: a repetition is told by `stop_reason`.
+- Unknown parameters are refused, and so are values out of OpenAI's ranges.
 """
 
 _ERRORS: Final = """\

@@ -30,7 +30,7 @@ _SUSPECTS: Final = {
     ),
     "a class": re.compile(r"\b[A-Z][a-z0-9]+(?:[A-Z][a-z0-9]+)+\b|\b[A-Z]\w*(?:Error|Exception|Warning)\b"),
     "a traceback": re.compile(r"Traceback|File \"|\bline \d+, in\b|most recent call|stack trace", re.IGNORECASE),
-    "an object": re.compile(r"\bobject at\b|<class |<function |\b0x[0-9a-fA-F]{6,}|\b__\w+__\b|\bself\.\w"),
+    "an object": re.compile(r"\bobject at (?!line )|<class |<function |\b0x[0-9a-fA-F]{6,}|\b__\w+__\b|\bself\.\w"),
     "a package": re.compile(
         r"\b(?:pydantic(?:_core)?|msgspec|starlette|fastapi|uvicorn|httptools|asyncio|ray|vllm|torch|numpy|tokenizers|"
         r"transformers|sqlite3?|sqlalchemy|structlog|deployments|serve_app|site-packages|haproxy)\b"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -10,9 +11,11 @@ import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_headers_conformance,
@@ -34,10 +37,14 @@ CHECKS = [
     status_code_conformance,
     content_type_conformance,
     response_headers_conformance,
-    response_schema_conformance,
 ]
+"""And response_schema_conformance, but for streams, whose schema is of an event's data."""
 SCHEMA = schemathesis.openapi.from_dict(openapi_document())
-OPERATIONS = {operation.label: operation for operation in (each.ok() for each in SCHEMA.get_all_operations())}
+CHUNK = Draft202012Validator({**openapi_document(), "$ref": "#/components/schemas/CompletionChunk"})
+OPERATIONS = {
+    operation.label: operation
+    for operation in (each.ok() for each in SCHEMA.get_all_operations() if isinstance(each, Ok))
+}
 
 
 def test_enough_examples_are_drawn() -> None:
@@ -50,6 +57,14 @@ def test_the_document_is_valid_and_the_one_that_is_served(simulated_cluster: Run
     validate(served, cls=OpenAPIV31SpecValidator)
     assert served["openapi"].startswith("3.1")
     assert served == openapi_document()
+
+
+def assert_documented_stream(text: str) -> None:
+    """Every event is a chunk as the document describes it, or the error with which the stream ends."""
+    *events, end = text.removesuffix("\n\n").split("\n\n")
+    for event in events:
+        CHUNK.validate(json.loads(event.removeprefix("data: ")))
+    assert end == "data: [DONE]" or set(json.loads(end.removeprefix("data: "))) == {"error"}
 
 
 @pytest.mark.parametrize("label", OPERATIONS)
@@ -77,6 +92,10 @@ def test_answers_are_as_documented(simulated_cluster: RunningCluster, label: str
             response = case.call(
                 base_url=simulated_cluster.url, session=session, headers=simulated_cluster.headers, timeout=60
             )
-            case.validate_response(response, checks=CHECKS)
+            if response.headers["content-type"].startswith("text/event-stream"):
+                case.validate_response(response, checks=CHECKS)
+                assert_documented_stream(response.text)
+            else:
+                case.validate_response(response, checks=[*CHECKS, response_schema_conformance])
 
         answered()

@@ -27,7 +27,7 @@ PROMPTS: list[Any] = [
     "x = [1, 2, 3]\nfor i in x:\n    print(",
 ]
 EOS = 2
-COMBINATIONS = 72
+COMBINATIONS = 64
 
 Draw = Callable[[random.Random], Any]
 PARAMETERS: dict[str, Draw] = {
