@@ -1,4 +1,5 @@
-"""The ingress in memory, for errors that a healthy cluster does not give, and what the official client makes of them."""
+"""The ingress in memory, for errors that a healthy cluster does not give, and what the official client makes of
+them."""
 
 from __future__ import annotations
 

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tests.conformance.leaks import assert_no_leak
 from tests.conftest import RunningCluster
 
-__all__ = ["RawAnswer", "connected", "head_of", "request_of", "round_trip"]
+__all__ = ["STALLS", "RawAnswer", "connected", "head_of", "read_answer", "request_of", "round_trip"]
+
+
+STALLS: Final = {
+    "no body": ("Content-Length: 100", b""),
+    "half a body": ("Content-Length: 100", b'{"model":'),
+    "no chunk": ("Transfer-Encoding: chunked", b""),
+    "half a chunk": ("Transfer-Encoding: chunked", b'40\r\n{"model":'),
+    "no last chunk": ("Transfer-Encoding: chunked", b'9\r\n{"model":\r\n'),
+}
+"""Uploads that stop on their way: how they say their length, and what comes of them."""
 
 
 class RawAnswer(NamedTuple):
@@ -80,3 +91,10 @@ async def round_trip(cluster: RunningCluster, *data: bytes, limit_s: float = 20.
             writer.write(piece)
             await writer.drain()
         return RawAnswer.of(await reader.read())
+
+
+async def read_answer(reader: asyncio.StreamReader) -> RawAnswer:
+    """One that says its length, on a connection that may stay open."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    [length] = re.findall(rb"(?i)\r\ncontent-length:\s*(\d+)\r\n", head)
+    return RawAnswer.of(head + await reader.readexactly(int(length)))

@@ -36,7 +36,9 @@ class Caller:
         self.face = face
         self.key = key
 
-    async def post(self, body: dict[str, Any], query: str = "", headers: dict[str, str] | None = None) -> httpx.Response:
+    async def post(
+        self, body: dict[str, Any], query: str = "", headers: dict[str, str] | None = None
+    ) -> httpx.Response:
         given = self.face.headers(self.key) if headers is None else headers
         return await self.client.post(self.face.path + query, json=body, headers=given)
 

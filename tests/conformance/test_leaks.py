@@ -43,6 +43,7 @@ HARMLESS = [
     "Invalid value for 'structured_outputs.json': expected a JSON schema, as an object or as text.",
     "Retry after the seconds in Retry-After.",
     "The body is not valid JSON: EOF while parsing a string at line 1 column 20.",
+    "The body is not valid JSON: EOF while parsing an object at line 1 column 20.",
     "temperature is 2.5; expected 0 <= x <= 2. Use n and/or best_of with OpenAI's API.",
 ]
 SENT = "http://127.0.0.1:8000/nowhere/at/all /etc/passwd"
@@ -86,7 +87,10 @@ def test_every_client_is_watched() -> None:
     def leaking2(request: object) -> httpx2.Response:
         return httpx2.Response(400, json={"error": {"message": "/srv/model"}})
 
-    with httpx.Client(transport=httpx.MockTransport(leaking)) as client, pytest.raises(AssertionError, match="a path: /srv/model"):
+    with (
+        httpx.Client(transport=httpx.MockTransport(leaking)) as client,
+        pytest.raises(AssertionError, match="a path: /srv/model"),
+    ):
         client.get("http://x/")
     with (
         httpx2.Client(transport=httpx2.MockTransport(leaking2)) as http_client,
