@@ -38,7 +38,11 @@ def vllm_server(model: Path, port: int, log: Path, limit_s: float = 240.0) -> It
             yield url
         finally:
             server.terminate()
-            server.wait(60)
+            try:
+                server.wait(60)
+            finally:
+                server.kill()
+                server.wait()
 
 
 def _wait_until_up(server: subprocess.Popen[bytes], url: str, log: Path, limit_s: float) -> None:
