@@ -126,7 +126,6 @@ async def test_without_configuration_a_preflight_is_405_without_cors(simulated_c
 # --- half-closed ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "not streamed"])
 def test_haproxy_waits_no_longer_for_headers_and_readers_than_it_is_told(simulated_cluster: RunningCluster) -> None:
     node = json.loads((simulated_cluster.home / "run" / "cluster.json").read_text())
     (path,) = Path(node["folder"]).glob("*/haproxy.cfg")
@@ -136,6 +135,7 @@ def test_haproxy_waits_no_longer_for_headers_and_readers_than_it_is_told(simulat
     assert set(waits) == {"65s"}  # the ingress gives up after 60 s
 
 
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "not streamed"])
 async def test_half_a_close_while_the_engine_works_is_a_close(
     simulated_cluster: RunningCluster, streamed: bool
 ) -> None:
