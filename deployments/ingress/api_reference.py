@@ -83,7 +83,7 @@ With `stream` the answer is `text/event-stream`: `data: {{chunk}}` for each delt
 - The last chunk of a choice has its `finish_reason`. Chunks of several choices come interleaved; `index` tells them
   apart.
 - With `stream_options.include_usage` one more chunk comes before `[DONE]`, with the usage and no choices; all others
-  have `usage: null`.
+  have `usage: null`. With `continuous_usage_stats` each has the usage of its choice so far.
 - An error before the first byte is a status as below. Later it is an event, `data: {{"error": {{...}}}}`, and no
   `[DONE]` follows.
 - A comment, `: keep-alive`, is sent while nothing else was for some time (`ingress.keep_alive_s`, 15 s). Clients ignore

@@ -283,6 +283,11 @@ class Completion:
             ),
         )
 
+    def usage_of(self, number: int) -> Usage:
+        """Of one candidate so far."""
+        candidate = self._candidates[number]
+        return Usage(len(candidate.generation.prompt), candidate.used, candidate.generation.cached_tokens)
+
     def _echo(self, number: int) -> str:
         """The text of prompt `number`: as it was sent, or of the tokens that the model saw instead."""
         prompt = self.request.prompt[number]

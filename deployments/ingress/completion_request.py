@@ -42,7 +42,7 @@ class StreamOptions(Body):
     include_usage: Annotated[bool | None, _OPENAI] = False
     """One more chunk before `[DONE]` has the usage and no choices; all others have `usage: null`."""
     continuous_usage_stats: Annotated[bool | None, _VLLM] = False
-    """With `include_usage`: every chunk has the usage so far."""
+    """With `include_usage`: every chunk has the usage of its choice so far."""
 
 
 class RepetitionDetectionOptions(Body):
@@ -290,7 +290,7 @@ class CompletionRequest(Body):
             name = "n" if self.best_of is None else "best_of"
             raise InvalidRequest(
                 f"{len(self.prompt)} prompts with {name}={self.candidates} make more than {_MAX_GENERATIONS} choices.",
-                param=name,
+                param=name if self.candidates > 1 else "prompt",
             )
         if (self.min_tokens or 0) > self.tokens_per_choice:
             raise InvalidRequest(

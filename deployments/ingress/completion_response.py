@@ -111,7 +111,7 @@ class CompletionResponse(Response):
         try:
             while not completion.finished:
                 chunks = [
-                    template.chunk(delta, completion.usage() if continuous else None)
+                    template.chunk(delta, completion.usage_of(delta.choice) if continuous else None)
                     for delta in await completion.deltas()
                 ]
                 if completion.finished:
