@@ -221,8 +221,8 @@ class PromptOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     add_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     """Tokens to keep, >= 1; -1 keeps what the model's context has room for."""
-    truncation_side: Literal["left", "right"] = "right"
-    """`left` keeps the last tokens."""
+    truncation_side: Literal["left", "right"] = "left"
+    """`left` keeps the last tokens, as vLLM's server does by default."""
 
 
 class AdmissionRequest(msgspec.Struct, frozen=True):

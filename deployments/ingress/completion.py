@@ -174,7 +174,8 @@ class Completion:
             if delta is None or candidate.ended or not (delta.token_ids or delta.finish_reason):
                 continue  # nothing, or tokens behind a stop string, on their way when the engine was told to stop
             if delta.finish_reason == "refused":
-                raise InvalidRequest(delta.message, param=delta.param)
+                # vLLM seldom names the parameter when it cannot make a grammar of it.
+                raise InvalidRequest(delta.message, param=delta.param or next(iter(self.request.constraining), None))
             if delta.finish_reason == "failed":
                 raise InternalError
             if delta.token_ids and self._first_token_s is None:

@@ -134,7 +134,7 @@ class CompletionRequest(Body):
     truncate_prompt_tokens: Annotated[int | None, Field(ge=-1, le=INT32_MAX), _VLLM] = None
     """Cuts longer prompts down to so many tokens; -1 to what the context has room for. Not 0."""
     truncation_side: Annotated[Literal["left", "right"] | None, _VLLM] = None
-    """Where they are cut: `right` (also when null) keeps the first tokens, `left` the last."""
+    """Where they are cut: `left` (also when null) keeps the last tokens, `right` the first."""
     add_special_tokens: Annotated[bool | None, _VLLM] = True
     """Prompts get the special tokens that the model's tokenizer puts around a text."""
     allowed_token_ids: Annotated[list[TokenId] | None, Field(min_length=1), _VLLM] = None
@@ -213,7 +213,7 @@ class CompletionRequest(Body):
         return PromptOptions(
             add_special_tokens=self.add_special_tokens is not False,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
-            truncation_side=self.truncation_side or "right",
+            truncation_side=self.truncation_side or "left",
         )
 
     @property
@@ -222,6 +222,19 @@ class CompletionRequest(Body):
         if self.prompt_logprobs is None and self.echo:
             return self.logprobs
         return self.prompt_logprobs
+
+    @property
+    def constraining(self) -> list[str]:
+        """The parameters that say what the output must conform to."""
+        given = {
+            "response_format": self.response_format is not None and self.response_format.type != "text",
+            "structured_outputs": self.structured_outputs is not None,
+            "guided_json": self.guided_json is not None,
+            "guided_regex": self.guided_regex is not None,
+            "guided_choice": self.guided_choice is not None,
+            "guided_grammar": self.guided_grammar is not None,
+        }
+        return [name for name, is_given in given.items() if is_given]
 
     def constraint(self) -> StructuredOutputs | None:
         """What the output must conform to, from whichever parameter says it."""
@@ -314,16 +327,7 @@ class CompletionRequest(Body):
                 "truncate_prompt_tokens is 0, which leaves no prompt; expected at least 1, or -1 for as many as fit.",
                 param="truncate_prompt_tokens",
             )
-        constraints = {
-            "response_format": self.response_format is not None and self.response_format.type != "text",
-            "structured_outputs": self.structured_outputs is not None,
-            "guided_json": self.guided_json is not None,
-            "guided_regex": self.guided_regex is not None,
-            "guided_choice": self.guided_choice is not None,
-            "guided_grammar": self.guided_grammar is not None,
-        }
-        given = [name for name, is_given in constraints.items() if is_given]
-        if len(given) > 1:
+        if len(given := self.constraining) > 1:
             raise InvalidRequest(f"Only one of {' and '.join(given)} can be given.", param=given[1])
         if self.suffix is not None and self.echo and self.logprobs is not None:
             raise InvalidRequest("suffix cannot be combined with echo and logprobs.", param="suffix")

@@ -92,7 +92,7 @@ def test_answers_are_as_documented(simulated_cluster: RunningCluster, label: str
             response = case.call(
                 base_url=simulated_cluster.url, session=session, headers=simulated_cluster.headers, timeout=60
             )
-            if response.headers["content-type"].startswith("text/event-stream"):
+            if response.headers["content-type"][0].startswith("text/event-stream"):
                 case.validate_response(response, checks=CHECKS)
                 assert_documented_stream(response.text)
             else:

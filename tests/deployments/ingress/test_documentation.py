@@ -39,7 +39,6 @@ async def test_documents_need_no_key(tmp_path: Path) -> None:
         Draft202012Validator.check_schema(schema)
 
 
-@in_virtual_time
 async def test_the_page_asks_no_other_server_for_anything(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
         del gate.client.headers["authorization"]

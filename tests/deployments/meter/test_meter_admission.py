@@ -186,7 +186,7 @@ async def test_a_long_prompt_neither_holds_the_event_loop_nor_delays_short_ones(
 async def test_without_options_prompts_are_taken_as_vllm_takes_them(meter: Meter, tmp_path: Path) -> None:
     meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "begin", begin=True), CONTEXT)])
     request = ask("mill", [5, 6])
-    assert unpack(pack(request), AdmissionRequest).options == PromptOptions(True, None, "right")
+    assert unpack(pack(request), AdmissionRequest).options == PromptOptions(True, None, "left")
     assert [ids[0] for ids in await admitted(meter, request)] == [BEGIN_ID, 5]
 
 
@@ -217,14 +217,14 @@ async def test_longer_prompts_are_cut_where_asked(meter: Meter, side: str, keep:
     assert text == [whole[place - 1] for place in kept]
 
 
-async def test_prompts_are_cut_on_the_right_unless_told_otherwise(meter: Meter) -> None:
-    assert await admitted(meter, ask([1, 2, 3], truncate_prompt_tokens=2)) == [[1, 2]]
+async def test_prompts_are_cut_on_the_left_unless_told_otherwise(meter: Meter) -> None:
+    assert await admitted(meter, ask([1, 2, 3], truncate_prompt_tokens=2)) == [[2, 3]]
 
 
 async def test_special_tokens_count_among_those_that_are_kept(meter: Meter, tmp_path: Path) -> None:
     meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "begin", begin=True), CONTEXT)])
     [whole] = await admitted(meter, ask("zyx"))
-    assert await admitted(meter, ask("zyx", truncate_prompt_tokens=2)) == [[BEGIN_ID, whole[1]]]
+    assert await admitted(meter, ask("zyx", truncate_prompt_tokens=2, truncation_side="right")) == [[BEGIN_ID, whole[1]]]
     assert await admitted(meter, ask("zyx", truncate_prompt_tokens=2, truncation_side="left")) == [whole[-2:]]
 
 
