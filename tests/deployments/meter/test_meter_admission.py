@@ -224,7 +224,9 @@ async def test_prompts_are_cut_on_the_left_unless_told_otherwise(meter: Meter) -
 async def test_special_tokens_count_among_those_that_are_kept(meter: Meter, tmp_path: Path) -> None:
     meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "begin", begin=True), CONTEXT)])
     [whole] = await admitted(meter, ask("zyx"))
-    assert await admitted(meter, ask("zyx", truncate_prompt_tokens=2, truncation_side="right")) == [[BEGIN_ID, whole[1]]]
+    assert await admitted(meter, ask("zyx", truncate_prompt_tokens=2, truncation_side="right")) == [
+        [BEGIN_ID, whole[1]]
+    ]
     assert await admitted(meter, ask("zyx", truncate_prompt_tokens=2, truncation_side="left")) == [whole[-2:]]
 
 
