@@ -36,7 +36,8 @@ async def engine(smollm2: Path) -> AsyncIterator[VllmEngine]:
 
 
 def engine_cores() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+    """Those that this process has started, not vLLM's server beside it."""
+    return [child for child in psutil.Process().children() if "EngineCore" in " ".join(child.cmdline())]
 
 
 async def test_an_engine_core_that_hangs_is_unhealthy_until_it_goes_on(engine: VllmEngine) -> None:
