@@ -105,6 +105,8 @@ def _consistent(body: dict[str, Any]) -> dict[str, Any]:
         body.pop("prompt_logprobs", None)
     if "structured_outputs" in body:
         body.pop("response_format", None)
+    if "structured_outputs" in body or "response_format" in body:
+        body.pop("allowed_token_ids", None)  # a form that those tokens cannot make ends in an error on both servers
     if "logprob_token_ids" in body:
         body["logprobs"] = 2
     if body.get("echo"):
