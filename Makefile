@@ -10,7 +10,7 @@ CPU := .venv/.cpu-installed
 DEV := .venv/.dev-installed
 CLIENTS := .venv/.clients-installed
 
-.PHONY: help serve test test-unit check setup down clean
+.PHONY: help serve test test-unit faults check setup down clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -23,6 +23,9 @@ test: $(CLIENTS) ## run all tests; ARGS="-k name" goes to pytest
 
 test-unit: $(DEV) ## run the tests that need neither Ray nor vLLM; ARGS= as above
 	$(BIN)/python -m pytest -m "not cluster and not vllm" $(ARGS)
+
+faults: $(DEV) ## kill processes under load for 10 minutes, then audit the ledger; ARGS="--seed 2 --seconds 60", ARGS=--vllm
+	$(BIN)/python -m tests.faults.campaign $(ARGS)
 
 check: $(DEV) ## ruff and mypy
 	$(BIN)/ruff check

@@ -17,26 +17,54 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 __all__ = [
+    "Account",
+    "AdministrationAnswer",
+    "AdministrationCommand",
+    "AdministrationError",
     "AdmissionRefused",
     "AdmissionRequest",
     "Admitted",
+    "CreateKey",
+    "DurationSum",
     "EngineLoad",
     "EngineStep",
     "FinishReason",
+    "GetKey",
+    "KeyChanges",
+    "KeyDraft",
     "KeyInfo",
+    "KeyRecord",
+    "Limits",
+    "ListKeys",
+    "ListTeams",
+    "MeterCounters",
     "PositionLogprobs",
     "PromptOptions",
+    "RateLimits",
+    "RemoveTeam",
     "RepetitionDetection",
+    "RequestCounter",
+    "RevokeKey",
+    "RotateKey",
     "Sampling",
+    "SetTeam",
     "Settlement",
     "SettlementStatus",
     "StructuredOutputs",
     "Submission",
     "SubmissionStatus",
+    "TeamRecord",
     "TokenDelta",
+    "UpdateKey",
+    "UsageDimension",
+    "UsageQuery",
+    "UsageRow",
+    "Witness",
+    "owner_of",
     "pack",
     "unpack",
     "unpack_admissions",
+    "unpack_command",
 ]
 
 T = TypeVar("T")
@@ -131,14 +159,20 @@ class Submission(msgspec.Struct, frozen=True, omit_defaults=True):
 
     generation: int
     """Names the generation on the step stream; unique per ingress replica, never used again."""
-    request_id: str
-    """The client's request, for logs and for settling orphans."""
     token_ids: list[int]
     """Prompt, followed by the tokens that earlier replicas generated when the generation is resumed."""
     sampling: Sampling
     """With `max_tokens` already reduced by the resumed tokens."""
+    account: Account
+    """The client's request, for logs, and to settle it by, should its ingress be gone."""
+    meter: str
+    """Serve's name of the deployment that accounts for it (deployments/meter/shards.py)."""
+    choice: int = 0
+    """Its number in the request, over all prompts."""
     resumed: bool = False
     """Accepted before by a replica that is gone: taken even when the queue is full, since it cannot be refused now."""
+    resumed_tokens: int = 0
+    """How many of the last `token_ids` are completion tokens that earlier replicas generated."""
 
 
 SubmissionStatus = Literal["accepted", "queue_full", "stream_unknown"]
@@ -207,12 +241,43 @@ class EngineStep(msgspec.Struct, frozen=True, array_like=True):
 # --- ingress -> meter ------------------------------------------------------------------------------------------------
 
 
-class KeyInfo(msgspec.Struct, frozen=True):
+class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a key or a team may use; None sets no limit. Minutes slide, days and months are those of UTC.
+
+    Tokens count as prompt + completion: reserved as prompt + `max_tokens` of every choice, and once the request is
+    settled as what it used.
+    """
+
+    requests_per_minute: int | None = None
+    """>= 1, as all of them."""
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
+    """Requests admitted and not yet settled."""
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    money_per_day: float | None = None
+    """In the currency of the models' prices, > 0."""
+    money_per_month: float | None = None
+
+
+def owner_of(key_id: str, team: str | None) -> str:
+    """Who is accounted for together: one meter replica owns this name, and so decides on all keys of a team."""
+    return f"key {key_id}" if team is None else f"team {team}"
+
+
+class KeyInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """Who a key belongs to. The key itself is stored and sent as its SHA-256 only."""
 
     key_id: str
     name: str
     admin: bool
+    team: str | None = None
+    models: tuple[str, ...] | None = None
+    """Names of the models it may use; None allows all."""
+
+    @property
+    def owner(self) -> str:
+        return owner_of(self.key_id, self.team)
 
 
 class PromptOptions(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -225,7 +290,7 @@ class PromptOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """`left` keeps the last tokens, as vLLM's server does by default."""
 
 
-class AdmissionRequest(msgspec.Struct, frozen=True):
+class AdmissionRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Asks to tokenize, check and reserve for one request."""
 
     request_id: str
@@ -238,38 +303,325 @@ class AdmissionRequest(msgspec.Struct, frozen=True):
     choices: int
     """Generated per prompt."""
     options: PromptOptions = PromptOptions()
+    team: str | None = None
+    dialect: str = "D3"
+    caller_request_id: str | None = None
+    """The caller's `x-request-id`."""
+    started_at: float = 0.0
+    """Unix time in seconds at which the request arrived."""
+    ingress_id: str = ""
+    """Who witnesses what the request uses, for as long as it renews its lease (see MeterTransport.renew)."""
 
 
-class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
+class RateLimits(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The narrowest limits per minute of a caller after a decision, for the `x-ratelimit-*` headers; None where there
+    is no such limit."""
+
+    limit_requests: int | None = None
+    remaining_requests: int | None = None
+    reset_requests_s: float | None = None
+    """Seconds until all are there again."""
+    limit_tokens: int | None = None
+    remaining_tokens: int | None = None
+    reset_tokens_s: float | None = None
+
+
+class Admitted(msgspec.Struct, frozen=True, tag="admitted", omit_defaults=True):
     token_ids: list[list[int]]
     """One list per prompt, none empty, each with room for `max_tokens` in the model's context."""
+    admitted_at: float = 0.0
+    """Unix time in seconds, by the meter's clock."""
+    reserved_tokens: int = 0
+    """Prompt tokens, and `max_tokens` of every choice of every prompt."""
+    prompt_price: float = 0.0
+    """Per million tokens, at the time of the admission."""
+    completion_price: float = 0.0
+    rate_limits: RateLimits | None = None
 
 
-class AdmissionRefused(msgspec.Struct, frozen=True, tag="refused"):
-    code: Literal["context_length_exceeded", "empty_prompt", "token_out_of_vocabulary", "model_not_found"]
+class AdmissionRefused(msgspec.Struct, frozen=True, tag="refused", omit_defaults=True):
+    code: Literal[
+        "context_length_exceeded",
+        "empty_prompt",
+        "token_out_of_vocabulary",
+        "model_not_found",
+        "invalid_api_key",
+        "model_not_allowed",
+        "rate_limit_exceeded",
+        "insufficient_quota",
+        "unavailable",
+    ]
+    """`invalid_api_key`: revoked or expired since the ingress looked it up. `rate_limit_exceeded`: of a minute, or of
+    requests at a time. `insufficient_quota`: of a day or a month. `unavailable`: cannot be decided now; worth another
+    try, and not for the caller's eyes."""
     message: str
     """Written for the caller."""
     param: str | None = None
+    retry_after_s: float | None = None
+    """When the same request is admitted if nobody else interferes; None if it never is."""
+    rate_limits: RateLimits | None = None
 
 
-SettlementStatus = Literal["finished", "cancelled", "disconnected", "failed"]
-
-
-class Settlement(msgspec.Struct, frozen=True):
-    """What one request used: becomes one row of the ledger. Idempotent by `request_id`."""
+class Account(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is known of an admitted request before it runs. Travels with its submissions, so that an engine replica
+    can settle it when its ingress is gone."""
 
     request_id: str
     key_id: str
     model: str
+    prompt_tokens: int
+    """Over all prompts, each counted once."""
+    choices: int
+    """Generated, over all prompts."""
+    team: str | None = None
+    dialect: str = "D3"
+    caller_request_id: str | None = None
+    started_at: float = 0.0
+    """Unix time in seconds at which the request arrived."""
+    admitted_at: float | None = None
+    reserved_tokens: int = 0
+    prompt_price: float = 0.0
+    completion_price: float = 0.0
+
+    @property
+    def owner(self) -> str:
+        return owner_of(self.key_id, self.team)
+
+
+SettlementStatus = Literal["finished", "cancelled", "disconnected", "failed", "refused", "lost"]
+"""`cancelled`: the client left. `disconnected`: its ingress died. `failed`: the engines could not. `refused`: never
+admitted. `lost`: admitted, and nobody is left to tell what became of it."""
+Witness = Literal["ingress", "engine", "none"]
+"""Who counted. A row of a better witness takes the place of another's: ingress before engine before none."""
+
+
+class Settlement(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one request used: becomes one row of the ledger. Idempotent by `account.request_id` and witness."""
+
+    account: Account
     status: SettlementStatus
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     """Over all choices that were generated."""
-    choices: int
     resumes: int
-    started_at: float
-    """Unix time in seconds at which the request arrived."""
     first_token_s: float | None
     """From arrival to the first token; None when there was none."""
     total_s: float
+    queue_s: float | None = None
+    """From arrival until engines had accepted all of it; None if none did."""
+    witness: Witness = "ingress"
+    parts: dict[int, int] | None = None
+    """Of an engine replica: completion tokens by the number of the choice in the request, those of earlier replicas
+    included. Several replicas may each know some of the choices; of one choice the highest count holds."""
+
+
+# --- administration: ingress -> meter ---------------------------------------------------------------------------------
+
+
+class KeyRecord(msgspec.Struct, frozen=True):
+    """A key as administrators see it; the key itself is shown once, when it is made."""
+
+    id: str
+    name: str
+    prefix: str
+    """Its first characters, to know it by."""
+    owner: str | None
+    team: str | None
+    labels: dict[str, str]
+    models: tuple[str, ...] | None
+    """None allows all."""
+    limits: Limits
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+
+
+class TeamRecord(msgspec.Struct, frozen=True):
+    """A team whose limits hold for all its keys together."""
+
+    name: str
+    limits: Limits
+    created_at: float
+
+
+UsageDimension = Literal["model", "key", "team", "dialect", "status"]
+
+
+class UsageQuery(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Asks for sums over the rows of the ledger."""
+
+    since: float
+    """Unix time in seconds; rows count from here by `started_at`. Of whole hours unless `width_s` is below."""
+    until: float | None = None
+    """Exclusive; None for now."""
+    width_s: int | None = None
+    """Length of a bucket: 60, 3600 or 86400; None sums over all of the time. Buckets begin at multiples of it."""
+    by: tuple[UsageDimension, ...] = ()
+    key_ids: tuple[str, ...] | None = None
+    teams: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+
+
+class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one group used in one bucket; groups without requests have no row. Ordered by bucket, then by group."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cost: float
+    begins_at: int | None = None
+    """Of the bucket, Unix time in seconds; None without `width_s`."""
+    model: str | None = None
+    """These are None where the query does not ask by them."""
+    key: str | None = None
+    team: str | None = None
+    """Empty for keys without one."""
+    dialect: str | None = None
+    status: str | None = None
+
+
+# --- metrics: meter -> ingress ---------------------------------------------------------------------------------------
+
+
+class RequestCounter(msgspec.Struct, array_like=True):
+    """What the requests of one group have used, as committed to the ledger since the meter's process began.
+
+    A row that a better witness replaces leaves its group, so that these follow the ledger and may go down.
+    """
+
+    model: str
+    key_id: str
+    team: str | None
+    status: str
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+
+class DurationSum(msgspec.Struct, array_like=True):
+    """How often something was done, and how long all of it took."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+class MeterCounters(msgspec.Struct, omit_defaults=True):
+    """What one meter has done since its process began, and what it holds now."""
+
+    requests: list[RequestCounter]
+    refusals: dict[str, int]
+    """By code of AdmissionRefused."""
+    admissions: DurationSum
+    """Requests admitted, and the seconds from their arrival at the meter to the decision."""
+    commits: DurationSum
+    """Calls of `settle`, and the seconds until what they brought was durable."""
+    wrong_keys: int = 0
+    lost_reservations: int = 0
+    open_reservations: int = 0
+    spooled: int = 0
+    """Settlements on the meter's disk that the database does not have yet."""
+
+
+# --- administration: commands and their answer -----------------------------------------------------------------------
+
+
+class KeyDraft(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A key to be made; the values that are allowed are in deployments/meter/key_values.py."""
+
+    name: str
+    owner: str | None = None
+    """Whom to ask about it; means nothing to the meter."""
+    team: str | None = None
+    labels: dict[str, str] = msgspec.field(default_factory=dict)
+    models: tuple[str, ...] | None = None
+    """None allows all."""
+    limits: Limits = Limits()
+    expires_at: float | None = None
+    """Unix time in seconds; None for never."""
+
+
+class KeyChanges(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is to change of a key; what is UNSET stays as it is, and None means what it does in KeyDraft."""
+
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    owner: str | msgspec.UnsetType | None = msgspec.UNSET
+    team: str | msgspec.UnsetType | None = msgspec.UNSET
+    labels: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    models: tuple[str, ...] | msgspec.UnsetType | None = msgspec.UNSET
+    limits: dict[str, int | float | None] | msgspec.UnsetType = msgspec.UNSET
+    """By field of Limits: those that are named change, None lifts one."""
+    expires_at: float | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class CreateKey(msgspec.Struct, frozen=True, tag="create_key"):
+    draft: KeyDraft
+
+
+class UpdateKey(msgspec.Struct, frozen=True, tag="update_key"):
+    key_id: str
+    changes: KeyChanges
+
+
+class RotateKey(msgspec.Struct, frozen=True, tag="rotate_key"):
+    key_id: str
+
+
+class RevokeKey(msgspec.Struct, frozen=True, tag="revoke_key"):
+    key_id: str
+
+
+class GetKey(msgspec.Struct, frozen=True, tag="get_key"):
+    key_id: str
+
+
+class ListKeys(msgspec.Struct, frozen=True, tag="list_keys"):
+    team: str | None = None
+    """None lists those of all teams and of none."""
+    include_revoked: bool = False
+
+
+class SetTeam(msgspec.Struct, frozen=True, tag="set_team"):
+    name: str
+    limits: Limits
+
+
+class ListTeams(msgspec.Struct, frozen=True, tag="list_teams"):
+    pass
+
+
+class RemoveTeam(msgspec.Struct, frozen=True, tag="remove_team"):
+    name: str
+
+
+AdministrationCommand = (
+    CreateKey | UpdateKey | RotateKey | RevokeKey | GetKey | ListKeys | SetTeam | ListTeams | RemoveTeam
+)
+"""A meter may carry one out twice when its first answer is lost; then CreateKey leaves a key that nobody holds."""
+
+
+class AdministrationError(msgspec.Struct, frozen=True):
+    code: Literal["not_found", "invalid", "conflict"]
+    message: str
+    """Written for the caller."""
+    param: str | None = None
+    """Such as `limits.tokens_per_day`."""
+
+
+class AdministrationAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The keys or teams that a command is about, as they are now."""
+
+    keys: tuple[KeyRecord, ...] = ()
+    teams: tuple[TeamRecord, ...] = ()
+    secret: str | None = None
+    """The key itself, after CreateKey and RotateKey."""
+    error: AdministrationError | None = None
+
+
+def unpack_command(data: bytes) -> AdministrationCommand:
+    """Decode a command; the tag on the wire tells which it is."""
+    command: AdministrationCommand = msgspec.msgpack.decode(data, type=AdministrationCommand)
+    return command

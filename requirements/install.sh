@@ -54,7 +54,7 @@ main() {
 install_cpu() {
     local python
     python=$(find_python)
-    install_system_packages "$python"
+    install_debian_packages "[0/3]" $(missing_for_python "$python")
     if venv_is_sound; then
         begin "[1/3] virtual environment: there already"
     else
@@ -68,6 +68,9 @@ install_cpu() {
 }
 
 install_dev() {
+    # The tests run servers of their own, in temporary folders.
+    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || command -v postgres >/dev/null ||
+        install_debian_packages "[0/1]" postgresql
     install_lock "[1/1]" dev "half a minute"
 }
 
@@ -111,18 +114,21 @@ find_python() {
         "    elsewhere:  pyenv install 3.11, or uv python install 3.11"
 }
 
-# install_system_packages PYTHON: asks apt only for what is missing, and not at all when nothing is.
-install_system_packages() {
-    local entry library missing=()
+# missing_for_python PYTHON: Debian's names of what it and the wheels lack.
+missing_for_python() {
+    local entry library
     # Debian packages the standard library's ensurepip, without which there is no pip in a new environment, apart.
-    "$1" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3.11-venv)
+    "$1" -c 'import ensurepip, venv' 2>/dev/null || echo python3.11-venv
     for entry in "${SYSTEM_LIBRARIES[@]}"; do
         library=${entry% *}
-        "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$library" 2>/dev/null || missing+=("${entry#* }")
+        "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$library" 2>/dev/null || echo "${entry#* }"
     done
-    ((${#missing[@]})) || return 0
+}
 
-    local as_root=()
+# install_debian_packages NUMBER [PACKAGE...]: asks apt only for what is missing, and not at all when nothing is.
+install_debian_packages() {
+    local number=$1 missing=("${@:2}") as_root=()
+    ((${#missing[@]})) || return 0
     if ! command -v apt-get >/dev/null; then
         fail "Missing on this system: ${missing[*]} (names of the Debian packages)." \
             "There is no apt-get here: install what your system calls them, then run make again."
@@ -132,7 +138,7 @@ install_system_packages() {
             "    sudo apt-get update && sudo apt-get install -y --no-install-recommends ${missing[*]}"
     fi
     export DEBIAN_FRONTEND=noninteractive
-    begin "[0/3] system packages: ${missing[*]}"
+    begin "$number system packages: ${missing[*]}"
     run no_count "${as_root[@]}" apt-get -o DPkg::Lock::Timeout=300 update
     run no_count "${as_root[@]}" apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "${missing[@]}"
 }

@@ -23,6 +23,7 @@ from deployments.engine.deployment import EngineDeployment
 from deployments.engine.router import TargetedRouter
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.deployment import MeterDeployment
+from deployments.meter.shards import GATEWAY, meter_names
 from serve_app.config import ClusterConfig, ModelConfig, VllmEngineConfig
 
 __all__ = [
@@ -36,8 +37,7 @@ __all__ = [
     "serve_config",
 ]
 
-GATEWAY = "gateway"
-INGRESS, METER, ENGINE, ROOT = "Ingress", "Meter", "Engine", "Root"
+INGRESS, ENGINE, ROOT = "Ingress", "Engine", "Root"
 
 _MAX_STREAMS = 4096
 """Requests under way per ingress replica; Serve answers 503 beyond."""
@@ -55,6 +55,9 @@ class GatewayArguments(BaseModel, frozen=True, extra="forbid"):
     home: str
     database: str
     require_keys: bool
+    meters: int
+    lost_after_s: float
+    record_refusals: bool
     request_body_limit_bytes: int
     keep_alive_s: float
     request_timeout_s: float | None
@@ -76,16 +79,28 @@ def application_name(model: str) -> str:
 
 def build_gateway(arguments: GatewayArguments) -> Application:
     """Serve's builder of the application `gateway`."""
-    meter = serve.deployment(
-        name=METER, max_ongoing_requests=_UNLIMITED, health_check_period_s=2, health_check_timeout_s=10
-    )(MeterDeployment).bind(arguments.home, arguments.database, arguments.require_keys)
+    meters = [
+        serve.deployment(
+            name=name, max_ongoing_requests=_UNLIMITED, health_check_period_s=2, health_check_timeout_s=10
+        )(MeterDeployment).bind(
+            arguments.home,
+            arguments.database,
+            arguments.require_keys,
+            shard=shard,
+            shards=arguments.meters,
+            lost_after_s=arguments.lost_after_s,
+            record_refusals=arguments.record_refusals,
+        )
+        for shard, name in enumerate(meter_names(arguments.meters))
+    ]
     return serve.deployment(
         name=INGRESS,
         max_ongoing_requests=_MAX_STREAMS,
         health_check_period_s=2,
         health_check_timeout_s=10,
     )(IngressDeployment).bind(
-        meter,
+        *meters,
+        home=arguments.home,
         engine_deployment=ENGINE,
         request_body_limit_bytes=arguments.request_body_limit_bytes,
         keep_alive_s=arguments.keep_alive_s,
@@ -132,6 +147,9 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
         home=str(home),
         database=config.meter.database,
         require_keys=config.meter.require_keys,
+        meters=config.meter.replicas,
+        lost_after_s=config.meter.lost_after_s,
+        record_refusals=config.meter.record_refusals,
         request_body_limit_bytes=int(config.ingress.request_body_limit),
         keep_alive_s=config.ingress.keep_alive_s,
         request_timeout_s=config.ingress.request_timeout_s,
@@ -160,7 +178,13 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
         for model in config.models
     ]
     metered = [
-        {"name": model.name, "folder": str(folders[model.name]), "max_model_len": lengths[model.name]}
+        {
+            "name": model.name,
+            "folder": str(folders[model.name]),
+            "max_model_len": lengths[model.name],
+            "prompt_price": model.price.prompt,
+            "completion_price": model.price.completion,
+        }
         for model in config.models
     ]
     ingress_replicas = config.ingress.replicas
@@ -185,11 +209,14 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
                         "ray_actor_options": {"num_cpus": config.ingress.resources.cpus},
                         "user_config": {"models": catalog},
                     },
-                    {
-                        "name": METER,
-                        "ray_actor_options": {"num_cpus": config.meter.resources.cpus},
-                        "user_config": {"models": metered},
-                    },
+                    *(
+                        {
+                            "name": name,
+                            "ray_actor_options": {"num_cpus": config.meter.resources.cpus},
+                            "user_config": {"models": metered},
+                        }
+                        for name in meter_names(config.meter.replicas)
+                    ),
                 ],
             },
             *(_model_application(model, home) for model in config.models),

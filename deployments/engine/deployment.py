@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from ray import serve
 
-from deployments.contracts import Submission, pack, unpack
+from deployments.contracts import Settlement, Submission, pack, unpack
 from deployments.engine.engine import Engine
+from deployments.engine.orphans import Orphanage
 from deployments.engine.replica import EngineReplica
 from deployments.engine.simulated_engine import SimulatedEngine, vocabulary_of
 from deployments.engine.simulator import SimulatorSettings
 from deployments.engine.vllm_engine import VllmEngine, VllmSettings
 from deployments.logging import configure_logging
+from deployments.meter.meter_transport import MeterUnreachable, ServeMeter
+from deployments.meter.shards import GATEWAY
+from deployments.settlement_outbox import SettlementOutbox
 from serve_app.config import ModelConfig, SimulatedEngineConfig
 from serve_app.model_source import prepare_model
 
@@ -77,18 +82,31 @@ class EngineDeployment:
         folder = await asyncio.to_thread(prepare_model, config.source, Path(home), report=log.info)
         engine = build_engine(config, folder)
         await engine.start()
-        self._replica = EngineReplica(engine)
+        self._meters: dict[str, ServeMeter] = {}
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        self._outbox = SettlementOutbox(Path(home) / "outbox", replica_id, self._settle)
+        await self._outbox.start()
+        self._replica = EngineReplica(engine, Orphanage(self._outbox.put))
+
+    async def _settle(self, meter: str, settlements: list[Settlement]) -> None:
+        if meter not in self._meters:
+            try:
+                handle = await asyncio.to_thread(serve.get_deployment_handle, meter, GATEWAY)
+            except KeyError as error:
+                raise MeterUnreachable(f"there is no {meter}") from error
+            self._meters[meter] = ServeMeter(handle)
+        await self._meters[meter].settle(pack(settlements))
 
     async def steps(self, stream_id: str, *, target: str) -> AsyncGenerator[bytes, None]:
         async with aclosing(self._replica.steps(stream_id)) as steps:
             async for step in steps:
                 yield step
 
-    async def submit(self, stream_id: str, submissions: bytes, *, target: str) -> list[str]:
-        return list(self._replica.submit(stream_id, unpack(submissions, list[Submission])))
+    async def submit(self, stream_id: str, submissions: bytes, released: list[str], *, target: str) -> list[str]:
+        return list(self._replica.submit(stream_id, unpack(submissions, list[Submission]), released))
 
-    async def abort(self, stream_id: str, generations: list[int], *, target: str) -> None:
-        self._replica.abort(stream_id, generations)
+    async def abort(self, stream_id: str, generations: list[int], released: list[str], *, target: str) -> None:
+        self._replica.abort(stream_id, generations, released)
 
     async def load(self, *, target: str) -> bytes:
         """Packed `EngineLoad`."""
@@ -101,4 +119,8 @@ class EngineDeployment:
         """Serve calls this when it stops the replica and awaits what it returns. Not `async def`: the garbage
         collector calls it too, and would leave a coroutine that nobody awaits."""
         replica: EngineReplica | None = self.__dict__.pop("_replica", None)  # None when __init__ failed
-        return None if replica is None else replica.shutdown()
+        return None if replica is None else self._shut_down(replica)
+
+    async def _shut_down(self, replica: EngineReplica) -> None:
+        await replica.shutdown()
+        await self._outbox.close()

@@ -2,7 +2,8 @@
 
 One step stream per ingress replica carries the tokens of all its generations here (see step_outbox.py). A stream owns
 its generations: when it ends, for whatever reason, they are aborted, so that an ingress that dies leaves no work
-behind. The receiving side is deployments/ingress/replica_stream.py.
+behind; what they used is settled from here then (orphans.py). The receiving side is
+deployments/ingress/replica_stream.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from deployments.contracts import (
     pack,
 )
 from deployments.engine.engine import Engine, EngineQueueFull, EngineUnhealthy
+from deployments.engine.orphans import Orphanage, Tabs
 from deployments.engine.step_outbox import StepOutbox
 
 __all__ = ["DrainRate", "EngineReplica"]
@@ -59,13 +61,15 @@ class _Stream:
     outbox: StepOutbox
     keys: dict[int, str] = field(default_factory=dict)
     """Generation number on this stream -> key in the engine."""
+    tabs: Tabs = field(default_factory=Tabs)
 
 
 class EngineReplica:
     """Feeds one step stream per ingress replica from one engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, orphanage: Orphanage) -> None:
         self._engine = engine
+        self._orphanage = orphanage
         engine.on_death = self._end_streams
         self._streams: dict[str, _Stream] = {}
         self._drain_rate = DrainRate(time.monotonic())
@@ -79,6 +83,8 @@ class EngineReplica:
         await self._engine.check_health()
         stream = _Stream(StepOutbox(self.load))
         self._streams[stream_id] = stream
+        ingress = stream_id.rpartition("#")[0]  # as ReplicaStream names its connections
+        self._orphanage.returned(ingress)
         log.info("step stream opened", stream=stream_id)
         try:
             async with aclosing(stream.outbox.steps()) as steps:
@@ -88,19 +94,24 @@ class EngineReplica:
             del self._streams[stream_id]
             for key in stream.keys.values():
                 self._engine.abort(key)
+            self._orphanage.take(ingress, stream.tabs)
             log.info("step stream closed", stream=stream_id, aborted=len(stream.keys))
 
-    def submit(self, stream_id: str, submissions: list[Submission]) -> list[SubmissionStatus]:
-        """Queue generations; their tokens travel on the stream `stream_id`. One status per submission, in order."""
+    def submit(self, stream_id: str, submissions: list[Submission], released: list[str]) -> list[SubmissionStatus]:
+        """Queue generations; their tokens travel on the stream `stream_id`. One status per submission, in order.
+
+        `released` are requests that are settled and forgotten here.
+        """
         stream = self._streams.get(stream_id)
         if stream is None:
             return ["stream_unknown"] * len(submissions)
+        stream.tabs.release(released)
         return [self._submit(stream, submission) for submission in submissions]
 
     def _submit(self, stream: _Stream, submission: Submission) -> SubmissionStatus:
-        generation = submission.generation
+        generation, choice = submission.generation, submission.choice
         self._submitted += 1
-        key = f"{submission.request_id}-{self._submitted}"
+        key = f"{submission.account.request_id}-{self._submitted}"
 
         def deliver(
             token_ids: list[int],
@@ -115,6 +126,8 @@ class EngineReplica:
             if finish_reason is not None:
                 stream.keys.pop(generation, None)
                 self._drain_rate.count()
+            if token_ids:
+                tab.count(choice, len(token_ids), cached_tokens)
             stream.outbox.push(
                 TokenDelta(
                     generation, token_ids, finish_reason, cached_tokens, message, param, logprobs, prompt_logprobs
@@ -122,18 +135,21 @@ class EngineReplica:
             )
 
         stream.keys[generation] = key
+        tab = stream.tabs.open(submission)
         try:
             self._engine.submit(key, submission.token_ids, submission.sampling, deliver, resumed=submission.resumed)
         except EngineQueueFull:
             del stream.keys[generation]
+            stream.tabs.refuse(submission)
             return "queue_full"
         return "accepted"
 
-    def abort(self, stream_id: str, generations: list[int]) -> None:
-        """Stop generations; unknown ones have ended already."""
+    def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None:
+        """Stop generations; unknown ones have ended already. `released` as for `submit`."""
         stream = self._streams.get(stream_id)
         if stream is None:
             return
+        stream.tabs.release(released)
         for generation in generations:
             key = stream.keys.pop(generation, None)
             if key is not None:
@@ -151,6 +167,7 @@ class EngineReplica:
 
     async def shutdown(self) -> None:
         self._end_streams()
+        self._orphanage.close()
         await self._engine.shutdown()
 
     def _end_streams(self) -> None:

@@ -17,11 +17,19 @@ __all__ = [
     "Error",
     "HTTPValidationError",
     "Health",
+    "IssuedKey",
+    "Key",
+    "KeyList",
     "Model",
     "ModelList",
     "Readiness",
     "ReplicaList",
+    "Team",
+    "TeamDeleted",
+    "TeamList",
     "TokenizeResponse",
+    "UsageList",
+    "UsagePage",
 ]
 
 
@@ -172,6 +180,131 @@ class Replica(_Answer):
 class ReplicaList(_Answer):
     object: Literal["list"]
     data: list[Replica]
+
+
+class LimitsInForce(_Answer):
+    """Null sets no limit."""
+
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    concurrency: int | None
+    tokens_per_day: int | None
+    tokens_per_month: int | None
+    money_per_day: float | None
+    money_per_month: float | None
+
+
+class Key(_Answer):
+    object: Literal["key"]
+    id: str
+    name: str
+    prefix: str
+    """The first characters of the key, to know it by."""
+    owner: str | None
+    team: str | None
+    labels: dict[str, str]
+    models: list[str] | None
+    """Null allows all."""
+    limits: LimitsInForce
+    created_at: int
+    """Unix time in seconds, as all of them."""
+    expires_at: int | None
+    revoked_at: int | None
+
+
+class IssuedKey(Key):
+    key: str
+    """The key itself, which is not shown again."""
+
+
+class KeyList(_Answer):
+    object: Literal["list"]
+    data: list[Key]
+
+
+class Team(_Answer):
+    object: Literal["team"]
+    name: str
+    limits: LimitsInForce
+    created_at: int
+    """Unix time in seconds."""
+
+
+class TeamDeleted(Team):
+    deleted: Literal[True]
+
+
+class TeamList(_Answer):
+    object: Literal["list"]
+    data: list[Team]
+
+
+class UsageOfGroup(_Answer):
+    object: Literal["usage"]
+    begins_at: int = 0
+    """Of the day or hour, with `by=day` or `by=hour`: Unix time in seconds."""
+    model: str = ""
+    """With `by=model`."""
+    dialect: str = ""
+    """With `by=dialect`."""
+    status: str = ""
+    """With `by=status`: how the requests ended."""
+    requests: Count
+    prompt_tokens: Count
+    cached_tokens: Count
+    """Those of the prompt tokens that were found in the prefix cache."""
+    completion_tokens: Count
+    total_tokens: Count
+    cost: float
+    """In the currency of the models' prices."""
+
+
+class UsageList(_Answer):
+    object: Literal["list"]
+    key_id: str
+    since: int
+    """Unix time in seconds."""
+    until: int
+    data: list[UsageOfGroup]
+    """Groups without requests are left out."""
+
+
+class UsageResult(_Answer):
+    object: Literal["organization.usage.completions.result"]
+    input_tokens: Count
+    """Prompt tokens, cached ones included."""
+    output_tokens: Count
+    input_cached_tokens: Count
+    input_audio_tokens: Literal[0]
+    output_audio_tokens: Literal[0]
+    num_model_requests: Count
+    project_id: str | None
+    """The team, with `group_by=project_id`; null for keys without one."""
+    user_id: None
+    api_key_id: str | None
+    """With `group_by=api_key_id`."""
+    model: str | None
+    """With `group_by=model`."""
+    batch: None
+
+
+class UsageBucket(_Answer):
+    object: Literal["bucket"]
+    start_time: int
+    """Unix time in seconds."""
+    end_time: int
+    results: list[UsageResult]
+    """One per group; none of a bucket without requests."""
+
+
+class UsagePage(_Answer):
+    """OpenAI's shape."""
+
+    object: Literal["page"]
+    data: list[UsageBucket]
+    has_more: bool
+    next_page: str | None
+    """The `page` of the next request."""
 
 
 class Health(_Answer):

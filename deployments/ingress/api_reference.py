@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, get_args
 
+from deployments.ingress.administration import CreateKeyRequest, LimitsRequest
 from deployments.ingress.completion_request import CompletionRequest
 from deployments.ingress.dialect import D1, D3, DIALECTS, SCHEMA_PATH, Dialect
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.json_schemas import Json, schemas_of
 from deployments.ingress.openapi import openapi_document
+from deployments.ingress.openapi_administration import ADMIN_SECURITY
 from deployments.ingress.openapi_answers import error_classes
 from deployments.ingress.parameter_types import NotServed, Source
 from deployments.ingress.request_body import Body
@@ -117,9 +119,47 @@ _HEADERS: Final = """\
 | `x-llm-api-key` | request | the key, with or without `Bearer`; chooses D0 on `/v1/completions` |
 | `x-request-id` | request | names the request: up to 128 of `A-Z a-z 0-9 . _ -`; what does not conform is replaced |
 | `x-request-id` | answer | the same, or the server's own |
+| `x-ratelimit-limit-…` | answer | of `requests` and `tokens`: the narrowest limit per minute of the key and its team |
+| `x-ratelimit-remaining-…` | answer | what is left of it |
+| `x-ratelimit-reset-…` | answer | until all of it is there again, as in `6m0s` |
 | `retry-after` | answer | seconds, where a retry helps |
+| `x-should-retry` | answer | `false`, with a 429 that would never be admitted |
 | `www-authenticate` | answer | `Bearer`, with 401 |
 | `allow` | answer | the methods there are, with 405 |
+"""
+
+_USAGE: Final = """\
+## Usage
+
+`GET /v1/usage` tells what the key that asks has used:
+"""
+
+_ORGANIZATION_USAGE: Final = """\
+`GET /v1/organization/usage/completions` is OpenAI's Usage API, for dashboards made for it; projects are teams. Answers
+are pages of buckets, which begin at whole minutes, hours or days in UTC:
+"""
+
+_KEYS: Final = """\
+## Keys and teams
+
+With the admin key, which is in `MILLSTREAM_HOME/admin.key`. A change acts after 5 seconds at most; a new key works at
+once. Limits of a team hold for all its keys together, beside their own. `millstream keys` and `millstream teams` do the
+same from the command line, on the database itself.
+
+`POST /admin/v1/keys` answers 201 with the key and its secret, `key`, which is not shown again and not kept: only its
+SHA-256 is.
+"""
+
+_LIMITS: Final = """\
+`limits`, of keys and teams. Null sets no limit; minutes slide, days and months are those of UTC, and tokens are
+prompt + completion, with `max_tokens` of every choice until the request has ended:
+"""
+
+_CHANGES: Final = """\
+`PATCH /admin/v1/keys/{key_id}` takes the same, all of it optional. What is left out stays as it is, each of the limits
+too, and null takes a value away. `DELETE` revokes the key for good, and `POST /admin/v1/keys/{key_id}/rotate` answers
+the same key with another secret. `PUT /admin/v1/teams/{name}` takes `{"limits": {...}}`, all of them: those that are
+left out are lifted. A team need not be made before its first key.
 """
 
 
@@ -149,6 +189,15 @@ def api_reference() -> str:
                 _parameter_table(TokenizeRequest, source=False),
                 "`POST /detokenize`:\n",
                 _parameter_table(DetokenizeRequest, source=False),
+                _USAGE,
+                _query_table("/v1/usage"),
+                _ORGANIZATION_USAGE,
+                _query_table("/v1/organization/usage/completions"),
+                _KEYS,
+                _parameter_table(CreateKeyRequest, source=False),
+                _LIMITS,
+                _parameter_table(LimitsRequest, source=False),
+                _CHANGES,
             ]
         ).rstrip()
         + "\n"
@@ -166,8 +215,9 @@ def _endpoints() -> Iterator[tuple[str, str, str]]:
     document = openapi_document()
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            public = operation.get("security") == []
-            yield f"`{method.upper()} {path}`", operation["summary"], "no" if public else "yes"
+            security = operation.get("security")
+            key = "no" if security == [] else "admin" if security == ADMIN_SECURITY else "yes"
+            yield f"`{method.upper()} {path}`", operation["summary"], key
 
 
 # --- dialects ------------------------------------------------------------------------------------------------------
@@ -251,6 +301,12 @@ def _parameter_table(model: type[Body], *, source: bool = True) -> str:
     return _table(("parameter", "value", "default", *(["source"] if source else []), "effect"), rows)
 
 
+def _query_table(path: str) -> str:
+    parameters = [each for each in openapi_document()["paths"][path]["get"]["parameters"] if each.get("in") == "query"]
+    rows = [(f"`{each['name']}`", _values(each["schema"]), each["description"]) for each in parameters]
+    return _table(("parameter", "value", "effect"), rows)
+
+
 def _not_served() -> Iterator[tuple[str, str, str, str]]:
     for name, field in CompletionRequest.model_fields.items():
         reason = _reason(field.metadata)
@@ -291,6 +347,8 @@ def _values(schema: Json) -> str:
     match schema.get("type"):
         case "integer" | "number" as kind:
             return f"{kind}{_range(schema)}"
+        case "array" if "enum" in schema["items"]:
+            return f"some of {_values(schema['items'])}"
         case "array":
             return f"{_array(schema)}{_plural(schema['items'])}"
         case "string":
@@ -323,13 +381,15 @@ def _array(schema: Json) -> str:
 
 def _range(schema: Json) -> str:
     low, above, high = schema.get("minimum"), schema.get("exclusiveMinimum"), schema.get("maximum")
+    if above is not None and high is None:
+        return f", above {_number(above)}"
     if above is not None and high is not None:
         return f", above {_number(above)} and up to {_number(high)}"
     return "" if low is None or high is None else f", {_number(low)} to {_number(high)}"
 
 
 def _number(value: float) -> str:
-    for bits in (31, 63):
+    for bits in (31, 53, 63):
         if value == 2**bits - 1:
             return f"2^{bits} - 1"
         if value == -(2**bits):

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.contracts import KeyInfo
+from deployments.ingress.administration import administration_routes
 from deployments.ingress.catalog import Catalog, ServedModel
 from deployments.ingress.completion import ClientGone, Completion
 from deployments.ingress.completion_response import CompletionResponse
@@ -32,8 +33,11 @@ from deployments.ingress.errors import (
     RouteNotFound,
     UnsupportedMediaType,
 )
-from deployments.ingress.meter_client import MeterClient, MeterUnreachable
+from deployments.ingress.meter_client import MeterClient
+from deployments.ingress.metrics import METRICS_TYPE, metrics_text
 from deployments.ingress.tokenization import Tokenization
+from deployments.ingress.usage_reports import usage_routes
+from deployments.meter.meter_transport import MeterUnreachable
 
 __all__ = ["IngressSettings", "build_app"]
 
@@ -55,6 +59,9 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
 
     tokenization = Tokenization(catalog)
 
+    async def read_body(request: Request) -> bytes:
+        return await _read_body(request, settings.request_body_limit_bytes)
+
     async def authenticated(request: Request, dialect: Dialect) -> KeyInfo:
         key = dialect.key(request.headers)
         if key:
@@ -74,9 +81,16 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
             dialect = dialect_of(path, request.headers)
             try:
                 key = await authenticated(request, dialect)
-                body = await _read_body(request, settings.request_body_limit_bytes)
+                body = await read_body(request)
                 parsed = dialect.parse(body, request.query_params.get("model"))
-                completion = Completion(parsed, catalog.find(parsed.model), key, meter)
+                completion = Completion(
+                    parsed,
+                    catalog.find(parsed.model),
+                    key,
+                    meter,
+                    dialect=dialect.name,
+                    caller_request_id=request.state.request_id,
+                )
                 await completion.admit()
             except ApiError as error:
                 return _error_response(dialect.answer(error))
@@ -95,17 +109,18 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
 
     @app.post("/tokenize")
     async def tokenize(request: Request, _key: Caller) -> Response:
-        body = await _read_body(request, settings.request_body_limit_bytes)
+        body = await read_body(request)
         return Response(await tokenization.tokenize(body), media_type="application/json")
 
     @app.post("/detokenize")
     async def detokenize(request: Request, _key: Caller) -> Response:
-        body = await _read_body(request, settings.request_body_limit_bytes)
+        body = await read_body(request)
         return Response(await tokenization.detokenize(body), media_type="application/json")
 
     @app.get("/v1/models")
-    async def list_models(_key: Caller) -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(model) for model in catalog.models()]}
+    async def list_models(key: Caller) -> dict[str, Any]:
+        usable = [model for model in catalog.models() if key.models is None or model.entry.name in key.models]
+        return {"object": "list", "data": [_model_card(model) for model in usable]}
 
     @app.get("/v1/models/{model}")
     async def retrieve_model(model: str, _key: Caller) -> dict[str, Any]:
@@ -117,6 +132,12 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
         if not key.admin:
             raise PermissionDenied("This needs the admin key.")
         return {"object": "list", "data": [card for model in catalog.models() for card in model.pool.cards()]}
+
+    @app.get("/metrics")
+    async def metrics(key: Caller) -> Response:
+        if not key.admin:
+            raise PermissionDenied("This needs the admin key.")
+        return Response(metrics_text(await meter.counters(), meter.unsettled), media_type=METRICS_TYPE)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -143,6 +164,8 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
             status_code=200 if ready else 503,
         )
 
+    app.router.routes.extend(administration_routes(meter.administer, caller, read_body))
+    app.router.routes.extend(usage_routes(meter.usage, caller))
     app.router.routes.extend(documentation_routes())
 
     @app.exception_handler(ApiError)

@@ -15,10 +15,19 @@ from uuid import uuid4
 
 import structlog
 
-from deployments.contracts import AdmissionRequest, KeyInfo, Settlement, SettlementStatus, TokenDelta
+from deployments.contracts import (
+    Account,
+    AdmissionRequest,
+    Admitted,
+    KeyInfo,
+    RateLimits,
+    Settlement,
+    SettlementStatus,
+    TokenDelta,
+)
 from deployments.ingress.catalog import ServedModel
 from deployments.ingress.completion_request import CompletionRequest
-from deployments.ingress.errors import InternalError, InvalidRequest
+from deployments.ingress.errors import ApiError, InternalError, InvalidRequest, ServiceUnavailable
 from deployments.ingress.generation import Generation, Mailbox
 from deployments.ingress.logprobs import LogprobsWriter, prompt_logprobs_fields
 from deployments.ingress.meter_client import MeterClient
@@ -51,7 +60,16 @@ class _Candidate:
 
 
 class Completion:
-    def __init__(self, request: CompletionRequest, model: ServedModel, key: KeyInfo, meter: MeterClient) -> None:
+    def __init__(
+        self,
+        request: CompletionRequest,
+        model: ServedModel,
+        key: KeyInfo,
+        meter: MeterClient,
+        *,
+        dialect: str = "D3",
+        caller_request_id: str | None = None,
+    ) -> None:
         self.id = f"cmpl-{uuid4().hex}"
         """Ours, not the caller's: it is the primary key of the ledger."""
         self.created = int(time.time())
@@ -59,22 +77,28 @@ class Completion:
         self.model = model
         self._key = key
         self._meter = meter
+        self._dialect = dialect
+        self._caller_request_id = caller_request_id
         self._started_at = time.time()
         self._clock = time.perf_counter()
         self._first_token_s: float | None = None
         self._mailbox = Mailbox()
         self._prompts: list[list[int]] = []
+        self._admitted = Admitted([])
+        self._settled = False
         self._candidates: list[_Candidate] = []
         self._running = 0
         """Candidates that have not ended."""
         self._gone = False
 
     async def admit(self) -> None:
-        """Tokenize, check and reserve. Raises ApiError; nothing has to be settled then."""
+        """Tokenize, check and reserve. Raises ApiError; nothing is left to be settled then."""
         request = self.request
         self._check_model_can()
+        if self._meter.full:
+            raise ServiceUnavailable("Usage cannot be recorded at the moment.", retry_after_s=5.0)
         try:
-            admitted = await self._meter.admit(
+            self._admitted = await self._meter.admit(
                 AdmissionRequest(
                     request_id=self.id,
                     key_id=self._key.key_id,
@@ -83,12 +107,43 @@ class Completion:
                     max_tokens=max(1, request.tokens_per_choice),
                     choices=request.candidates,
                     options=request.prompt_options,
+                    team=self._key.team,
+                    dialect=self._dialect,
+                    caller_request_id=self._caller_request_id,
+                    started_at=self._started_at,
                 )
             )
-        except asyncio.CancelledError:  # the client is gone, and the meter may have reserved for it
-            self.settle("cancelled")
+        except ApiError as error:
+            if isinstance(error, ServiceUnavailable):  # the meter may have reserved all the same
+                self.settle("failed")
             raise
-        self._prompts = admitted.token_ids
+        except BaseException as error:  # likewise
+            self.settle("cancelled" if isinstance(error, asyncio.CancelledError) else "failed")
+            raise
+        self._prompts = self._admitted.token_ids
+
+    @property
+    def rate_limits(self) -> RateLimits | None:
+        """Of the caller, after this request was admitted."""
+        return self._admitted.rate_limits
+
+    def _account(self) -> Account:
+        request, admitted = self.request, self._admitted
+        return Account(
+            request_id=self.id,
+            key_id=self._key.key_id,
+            model=request.model,
+            prompt_tokens=sum(map(len, self._prompts)),
+            choices=len(self._prompts) * request.candidates,
+            team=self._key.team,
+            dialect=self._dialect,
+            caller_request_id=self._caller_request_id,
+            started_at=self._started_at,
+            admitted_at=admitted.admitted_at or None,
+            reserved_tokens=admitted.reserved_tokens,
+            prompt_price=admitted.prompt_price,
+            completion_price=admitted.completion_price,
+        )
 
     def _check_model_can(self) -> None:
         """What depends on the model, and can be told before an engine is asked. Raises InvalidRequest."""
@@ -123,10 +178,13 @@ class Completion:
 
     def start(self) -> None:
         """Hand every candidate to the pool."""
-        request = self.request
+        request, account = self.request, self._account()
+        meter = self._meter.meter_of(account.key_id, account.team)
         for prompt in self._prompts:
             for number in range(request.candidates):
-                generation = Generation(self.id, len(self._candidates), prompt, request.sampling(number), self._mailbox)
+                generation = Generation(
+                    account, meter, len(self._candidates), prompt, request.sampling(number), self._mailbox
+                )
                 text = TextStream(
                     self.model.tokenizer,
                     prompt,
@@ -298,7 +356,11 @@ class Completion:
         return text
 
     def settle(self, status: SettlementStatus) -> None:
-        """Free the engines and record what was used: for a choice cut short, every token that arrived here."""
+        """Free the engines and record what was used: for a choice cut short, every token that arrived here. Before
+        the client is told of the end, since this process may be killed right after it. Safe twice: the first counts."""
+        if self._settled:
+            return
+        self._settled = True
         generations = [candidate.generation for candidate in self._candidates]
         self.model.pool.abort(generations)
         if self.request.tokens_per_choice:
@@ -307,31 +369,28 @@ class Completion:
                     candidate.used = len(candidate.generation.tokens)
         usage = self.usage()
         total_s = time.perf_counter() - self._clock
-        resumes = sum(generation.resumes for generation in generations)
-        self._meter.settle(
-            Settlement(
-                request_id=self.id,
-                key_id=self._key.key_id,
-                model=self.request.model,
-                status=status,
-                prompt_tokens=usage.prompt_tokens,
-                cached_tokens=usage.cached_tokens,
-                completion_tokens=usage.completion_tokens,
-                choices=len(generations),
-                resumes=resumes,
-                started_at=self._started_at,
-                first_token_s=self._first_token_s,
-                total_s=total_s,
-            )
+        accepted_at = [generation.accepted_at for generation in generations if generation.accepted_at is not None]
+        settlement = Settlement(
+            account=self._account(),
+            status=status,
+            # What no engine has taken on costs nothing, nor what failed before its first token.
+            prompt_tokens=usage.prompt_tokens if accepted_at and (usage.completion_tokens or status != "failed") else 0,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            resumes=sum(generation.resumes for generation in generations),
+            first_token_s=self._first_token_s,
+            total_s=total_s,
+            queue_s=max(accepted_at) - self._clock if accepted_at else None,
         )
         log.info(
             "completion",
             completion=self.id,
             status=status,
             model=self.request.model,
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            resumes=resumes,
+            prompt_tokens=settlement.prompt_tokens,
+            completion_tokens=settlement.completion_tokens,
+            resumes=settlement.resumes,
             first_token_s=self._first_token_s,
             total_s=round(total_s, 4),
         )
+        self._meter.settle(settlement, lambda: self.model.pool.release(generations))

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.contracts import SettlementStatus
 from deployments.ingress.completion import ClientGone, Completion
-from deployments.ingress.errors import ApiError, DeadlineExceeded, ErrorAnswer, InternalError
+from deployments.ingress.errors import ApiError, DeadlineExceeded, ErrorAnswer, InternalError, rate_limit_headers
 from deployments.ingress.wire import DONE, KEEP_ALIVE, Choice, ChoiceDelta, ChunkTemplate, completion_body, error_event
 
 __all__ = ["CompletionResponse"]
@@ -52,12 +52,14 @@ class CompletionResponse(Response):
             "model": completion.request.model,
             "system_fingerprint": completion.model.entry.fingerprint,
         }
+        self._limits = rate_limit_headers(completion.rate_limits)
         self._started = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         completion = self._completion
-        status: SettlementStatus = "cancelled"  # also when Serve cancels the request because the client is gone
+        # Unless it finishes before; also when Serve cancels the request because the client is gone.
+        status: SettlementStatus = "cancelled"
         try:
             async with _watched(completion, receive), self._deadline():
                 completion.start()
@@ -65,7 +67,6 @@ class CompletionResponse(Response):
                     await self._stream(send)
                 else:
                     await self._answer(send)
-            status = "finished"
         except ClientGone:
             log.info("client gone", completion=completion.id)
         except ApiError as error:
@@ -99,7 +100,8 @@ class CompletionResponse(Response):
             for delta in await completion.deltas():
                 deltas.setdefault(delta.choice, []).append(delta)
         choices = [Choice.joined(index, deltas[number]) for index, number in enumerate(completion.best())]
-        await _send_whole(send, 200, completion_body(self._head, choices, completion.usage()))
+        completion.settle("finished")
+        await _send_whole(send, 200, completion_body(self._head, choices, completion.usage()), self._limits)
 
     async def _stream(self, send: Send) -> None:
         completion = self._completion
@@ -118,6 +120,7 @@ class CompletionResponse(Response):
                     if usage_follows:
                         chunks.append(template.usage(completion.usage()))
                     chunks.append(DONE)
+                    completion.settle("finished")
                 elif not chunks and idle.due:
                     chunks.append(KEEP_ALIVE)
                 if chunks:
@@ -129,7 +132,8 @@ class CompletionResponse(Response):
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
         if not self._started:
             self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            limits = [(name.encode(), value.encode()) for name, value in self._limits.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, *limits]})
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _fail(self, send: Send, error: ApiError) -> None:

@@ -48,7 +48,7 @@ _CORS_RESPONSE_HEADERS = (
 
 
 class ConnectionMiddleware:
-    """Wraps the whole app of the ingress."""
+    """Wraps the whole app of the ingress, which finds the request's id as `request.state.request_id`."""
 
     def __init__(
         self,
@@ -83,6 +83,7 @@ class ConnectionMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             upload = _Upload(receive, self._upload_timeout_s)
             answer = _Answer(send, self._write_timeout_s, request_id)

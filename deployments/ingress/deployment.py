@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -13,8 +14,9 @@ from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.catalog import Catalog, CatalogEntry
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.meter_client import MeterClient
-from deployments.ingress.serve_transport import ServeMeter, ServePools
+from deployments.ingress.serve_transport import ServePools
 from deployments.logging import configure_logging
+from deployments.meter.meter_transport import ServeMeter
 
 __all__ = ["IngressDeployment"]
 
@@ -25,8 +27,8 @@ class IngressDeployment:
 
     def __init__(
         self,
-        meter: DeploymentHandle[Any],
-        *,
+        *meters: DeploymentHandle[Any],
+        home: str,
         engine_deployment: str,
         request_body_limit_bytes: int,
         keep_alive_s: float,
@@ -39,7 +41,12 @@ class IngressDeployment:
         configure_logging()
         self._pools = ServePools(engine_deployment)
         self._ingress_id = serve.get_replica_context().replica_id.unique_id
-        self._meter = MeterClient(ServeMeter(meter), admission_timeout_s=admission_timeout_s)
+        self._meter = MeterClient(
+            list(map(ServeMeter, meters)),
+            ingress_id=self._ingress_id,
+            outbox_folder=Path(home) / "outbox",
+            admission_timeout_s=admission_timeout_s,
+        )
         self._catalog = Catalog(self._pools.existing, self._open_pool)
         self._settings = IngressSettings(
             request_body_limit_bytes,

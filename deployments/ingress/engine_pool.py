@@ -122,6 +122,12 @@ class EnginePool:
         for stream, doomed in numbers.items():
             self._own(stream.abort(doomed), "abort")
 
+    def release(self, generations: Iterable[Generation]) -> None:
+        """Their request is settled: where they ran last, nobody needs to be able to settle it any more."""
+        ran_on = {(each.placement.stream, each.request_id) for each in generations if each.placement is not None}
+        for stream, request_id in ran_on:
+            stream.release(request_id)
+
     def retire(self) -> None:
         """The model is served no more: what runs may finish, within the drain limit."""
         self._retired = True

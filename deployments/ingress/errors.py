@@ -11,23 +11,31 @@ from typing import NamedTuple
 
 import msgspec
 
+from deployments.contracts import RateLimits
+
 __all__ = [
     "ApiError",
     "BodyTooLarge",
+    "Conflict",
     "DeadlineExceeded",
     "ErrorAnswer",
+    "InsufficientQuota",
     "InternalError",
     "InvalidApiKey",
     "InvalidRequest",
     "MethodNotAllowed",
+    "ModelNotAllowed",
     "ModelNotFound",
     "ModelNotReady",
+    "ObjectNotFound",
     "Overloaded",
     "PermissionDenied",
+    "RateLimitExceeded",
     "RequestTimeout",
     "RouteNotFound",
     "ServiceUnavailable",
     "UnsupportedMediaType",
+    "rate_limit_headers",
 ]
 
 
@@ -125,6 +133,12 @@ class PermissionDenied(ApiError):
     code = "permission_denied"
 
 
+class ModelNotAllowed(PermissionDenied):
+    """The key is valid and may not use this model; GET /v1/models lists those it may."""
+
+    code = "model_not_allowed"
+
+
 class ModelNotFound(ApiError):
     """There is no model of this name; GET /v1/models lists those there are."""
 
@@ -171,6 +185,57 @@ class UnsupportedMediaType(ApiError):
     type = "invalid_request_error"
 
 
+class RateLimitExceeded(ApiError):
+    """The key, or its team, has used up what it may use in a minute or at a time. Retry after the seconds in
+    `retry-after`; without it the request is larger than the limit and can never be admitted."""
+
+    status = 429
+    type = "rate_limit_exceeded"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: float | None, rate_limits: RateLimits | None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.rate_limits = rate_limits
+
+    def headers(self) -> dict[str, str]:
+        headers = super().headers() | rate_limit_headers(self.rate_limits)
+        if self.retry_after_s is None:
+            headers["x-should-retry"] = "false"  # the official client retries a 429 otherwise, to no avail
+        return headers
+
+
+class InsufficientQuota(RateLimitExceeded):
+    """The key, or its team, has used up what it may use in a day or a month, in UTC. Retry after the seconds in
+    `retry-after`, when the next one begins."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+
+def rate_limit_headers(limits: RateLimits | None) -> dict[str, str]:
+    """`x-ratelimit-…` as OpenAI names them; none for a caller without limits."""
+    if limits is None:
+        return {}
+    fields: dict[str, str | int | None] = {
+        "limit-requests": limits.limit_requests,
+        "remaining-requests": limits.remaining_requests,
+        "reset-requests": None if limits.reset_requests_s is None else _duration(limits.reset_requests_s),
+        "limit-tokens": limits.limit_tokens,
+        "remaining-tokens": limits.remaining_tokens,
+        "reset-tokens": None if limits.reset_tokens_s is None else _duration(limits.reset_tokens_s),
+    }
+    return {f"x-ratelimit-{name}": str(value) for name, value in fields.items() if value is not None}
+
+
+def _duration(seconds: float) -> str:
+    """Such as `6m0s`, `1.5s` or `20ms`."""
+    milliseconds = math.ceil(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes}m{rest / 1000:g}s" if minutes else f"{rest / 1000:g}s"
+
+
 class InternalError(ApiError):
     """Something failed inside of the server."""
 
@@ -206,3 +271,19 @@ class Overloaded(ServiceUnavailable):
     """All queues are full. Retry after the seconds in `retry-after`."""
 
     code = "overloaded"
+
+
+class ObjectNotFound(ApiError):
+    """There is no such key or team."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Conflict(ApiError):
+    """The key is revoked, and stays so."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"

@@ -7,11 +7,12 @@ prompt + tokens. A token counts when it arrives here, once, whichever replica ma
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from deployments.contracts import Sampling, Submission, TokenDelta
+from deployments.contracts import Account, Sampling, Submission, TokenDelta
 from deployments.ingress.errors import ApiError
 
 if TYPE_CHECKING:
@@ -66,9 +67,11 @@ class Generation:
     """The state that survives a replica."""
 
     def __init__(
-        self, request_id: str, candidate: int, prompt: list[int], sampling: Sampling, mailbox: Mailbox
+        self, account: Account, meter: str, candidate: int, prompt: list[int], sampling: Sampling, mailbox: Mailbox
     ) -> None:
-        self.request_id = request_id
+        """`meter` is Serve's name of the meter that accounts for it."""
+        self.account = account
+        self.meter = meter
         self.candidate = candidate
         """Its number in the request, over all prompts."""
         self.prompt = prompt
@@ -81,6 +84,8 @@ class Generation:
         self.fruitless_resumes = 0
         """Resumes in a row without a token in between: a generation that kills its replicas must not go on for ever."""
         self.ended = False
+        self.accepted_at: float | None = None
+        """When the first replica took it on, by `time.perf_counter`."""
         self.placement: Placement | None = None
         self._mailbox = mailbox
 
@@ -97,11 +102,23 @@ class Generation:
             )
         return Submission(
             generation=number,
-            request_id=self.request_id,
             token_ids=self.prompt + self.tokens,
             sampling=sampling,
+            account=self.account,
+            meter=self.meter,
+            choice=self.candidate,
             resumed=self.resumes > 0,
+            resumed_tokens=len(self.tokens),
         )
+
+    @property
+    def request_id(self) -> str:
+        return self.account.request_id
+
+    def accepted(self) -> None:
+        """A replica has taken it on."""
+        if self.accepted_at is None:
+            self.accepted_at = time.perf_counter()
 
     def deliver(self, delta: TokenDelta) -> None:
         if not self.tokens and not self.resumes:

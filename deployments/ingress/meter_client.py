@@ -1,80 +1,104 @@
 """The ingress's side of the meter: who calls, may they, and what did they use.
 
-Admissions wait for a meter that is being replaced, up to a bound; settlements sit in an outbox until the meter has
-committed them, and are sent again until then (they are idempotent by request id). Free of Ray: `MeterTransport` is
-the seam.
+Each owner belongs to one meter (deployments/meter/shards.py). Admissions wait for a meter that is being replaced, up to
+a bound; settlements go through an outbox that keeps them until their meter has committed them, and outlives this
+process (deployments/settlement_outbox.py). Free of Ray: `MeterTransport` is the seam.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
+import msgspec
 import structlog
 
 from deployments.contracts import (
+    AdministrationAnswer,
+    AdministrationCommand,
     AdmissionRefused,
     AdmissionRequest,
     Admitted,
     KeyInfo,
+    MeterCounters,
     Settlement,
+    UsageQuery,
+    UsageRow,
+    owner_of,
     pack,
     unpack,
     unpack_admissions,
 )
 from deployments.ingress.coalescer import Coalescer
-from deployments.ingress.errors import InvalidApiKey, InvalidRequest, ModelNotFound, ServiceUnavailable
+from deployments.ingress.errors import (
+    ApiError,
+    InsufficientQuota,
+    InvalidApiKey,
+    InvalidRequest,
+    ModelNotAllowed,
+    ModelNotFound,
+    RateLimitExceeded,
+    ServiceUnavailable,
+)
+from deployments.meter.meter_transport import MeterTransport, MeterUnreachable
+from deployments.meter.shards import meter_names, shard_of
+from deployments.settlement_outbox import OUTBOX_SIZE, SettlementOutbox
 
-__all__ = ["MeterClient", "MeterTransport", "MeterUnreachable"]
+__all__ = ["MeterClient"]
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
-_KEY_CACHE_S = 5.0
-"""A revoked key acts within this time."""
+_KEY_CACHE_S = 2.0
+"""Together with the second that a meter takes to notice it (deployments/meter/key_directory.py), the time in which a
+revoked key acts: 5 s at most."""
 _KEY_CACHE_SIZE = 10_000
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 _CALL_LIMIT_S = 10.0
 _SHORT_PROMPTS = 4096
 """Characters or token ids up to which a request's admission travels together with others, which it must not delay."""
-_SETTLE_AT_ONCE = 1000
-_OUTBOX_SIZE = 50_000
-_CLOSE_LIMIT_S = 10.0
-
-
-class MeterUnreachable(Exception):
-    """The meter gave no answer; it may or may not have acted."""
-
-
-class MeterTransport(Protocol):
-    """One attempt to call the meter. Every method raises MeterUnreachable when there is no answer."""
-
-    async def authenticate(self, digest: bytes) -> bytes: ...
-
-    async def admit(self, requests: bytes) -> bytes:
-        """A packed list of AdmissionRequest in, as many packed answers out."""
-
-    async def settle(self, settlements: bytes) -> None: ...
-
-    async def ping(self) -> None: ...
+_RENEW_S = 5.0
+"""Far below the time after which a meter gives this ingress up (`meter.lost_after_s`)."""
 
 
 class MeterClient:
-    def __init__(self, transport: MeterTransport, *, admission_timeout_s: float) -> None:
-        self._transport = transport
+    def __init__(
+        self, meters: Sequence[MeterTransport], *, ingress_id: str, outbox_folder: Path, admission_timeout_s: float
+    ) -> None:
+        """`meters` in the order of `meter_names`. `outbox_folder` is shared by the processes of this node."""
+        self._meters = dict(zip(meter_names(len(meters)), meters, strict=True))
+        self._names = list(self._meters)
         self._admission_timeout_s = admission_timeout_s
-        self._admissions = Coalescer(self._admit)
+        self._ingress_id = ingress_id
+        self._admissions = {name: Coalescer(self._admitter(meter)) for name, meter in self._meters.items()}
         self._keys: OrderedDict[bytes, tuple[float, KeyInfo]] = OrderedDict()
-        self._outbox: dict[str, Settlement] = {}
-        self._unsettled = asyncio.Event()
-        self._settled = asyncio.Event()
-        self._sender: asyncio.Task[None] | None = None
+        self._outbox = SettlementOutbox(outbox_folder, ingress_id, self._settle, call_limit_s=_CALL_LIMIT_S)
+        self._renewals: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        self._sender = asyncio.create_task(self._send_settlements(), name="settlements")
+        await self._outbox.start()
+        self._renewals = [
+            asyncio.create_task(self._renew_for_ever(meter), name=f"renew-{name}")
+            for name, meter in self._meters.items()
+        ]
+
+    @property
+    def unsettled(self) -> int:
+        """Settlements that no meter has acknowledged yet."""
+        return len(self._outbox)
+
+    @property
+    def full(self) -> bool:
+        """Nothing more should be admitted until some of them are."""
+        return self.unsettled >= OUTBOX_SIZE
+
+    def meter_of(self, key_id: str, team: str | None) -> str:
+        """Serve's name of the meter that accounts for a key."""
+        return self._names[shard_of(owner_of(key_id, team), len(self._names))]
 
     async def authenticate(self, key: str) -> KeyInfo:
         """Whose `key` it is. Raises InvalidApiKey, ServiceUnavailable."""
@@ -83,7 +107,8 @@ class MeterClient:
         cached = self._keys.get(digest)
         if cached is not None and cached[0] > now:
             return cached[1]
-        answer = await self._patiently(lambda: self._transport.authenticate(digest))
+        meter = self._meters[self._names[digest[0] % len(self._names)]]
+        answer = await self._patiently(lambda: meter.authenticate(digest))
         if not answer:
             self._keys.pop(digest, None)
             raise InvalidApiKey(
@@ -98,45 +123,83 @@ class MeterClient:
         return info
 
     async def admit(self, request: AdmissionRequest) -> Admitted:
-        """Token ids for every prompt, and room in the ledger. Raises the refusal as an ApiError."""
-        if len(self._outbox) >= _OUTBOX_SIZE:
-            raise ServiceUnavailable("Usage cannot be recorded at the moment.", retry_after_s=5.0)
-        if sum(map(len, request.prompts)) > _SHORT_PROMPTS:
-            answer = (await self._patiently(lambda: self._admit([request])))[0]
-        else:
-            answer = await self._patiently(lambda: self._admissions.call(request))
+        """Token ids for every prompt, and room in the limits. Raises the refusal as an ApiError.
+
+        After ServiceUnavailable, and when it is cancelled, the meter may have reserved all the same: settle it.
+        """
+        name = self.meter_of(request.key_id, request.team)
+        request = msgspec.structs.replace(request, ingress_id=self._ingress_id)
+        answer = await self._patiently(lambda: self._ask_to_admit(name, request))
         if isinstance(answer, AdmissionRefused):
-            if answer.code == "model_not_found":
-                raise ModelNotFound(answer.message, param="model")
-            raise InvalidRequest(answer.message, param=answer.param, code=answer.code)
+            raise _refusal(answer)
         return answer
 
-    def settle(self, settlement: Settlement) -> None:
-        """Record what a request used. Never fails and never waits: the outbox keeps it until it is committed."""
-        self._outbox[settlement.request_id] = settlement
-        self._unsettled.set()
+    def settle(self, settlement: Settlement, acknowledged: Callable[[], None] | None = None) -> None:
+        """Record what a request used. Never waits, and survives this process; `acknowledged` once it is committed."""
+        self._outbox.put(self.meter_of(settlement.account.key_id, settlement.account.team), settlement, acknowledged)
+
+    async def administer(self, command: AdministrationCommand) -> AdministrationAnswer:
+        """Raises ServiceUnavailable."""
+        answer = await self._ask_first(lambda meter: meter.administer(pack(command)))
+        return unpack(answer, AdministrationAnswer)
+
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        """Of the whole ledger. Raises ServiceUnavailable."""
+        return unpack(await self._ask_first(lambda meter: meter.usage(pack(query))), list[UsageRow])
+
+    async def counters(self) -> list[MeterCounters]:
+        """Of each meter that answers."""
+
+        async def one(meter: MeterTransport) -> MeterCounters | None:
+            try:
+                async with asyncio.timeout(2.0):
+                    return unpack(await meter.counters(), MeterCounters)
+            except (MeterUnreachable, TimeoutError):
+                return None
+
+        answers = await asyncio.gather(*map(one, self._meters.values()))
+        return [answer for answer in answers if answer is not None]
 
     async def ping(self) -> None:
-        """Raises MeterUnreachable unless the meter and its ledger answer."""
+        """Raises MeterUnreachable unless every meter and its ledger answer."""
         async with asyncio.timeout(2.0):
-            await self._transport.ping()
+            await asyncio.gather(*(meter.ping() for meter in self._meters.values()))
 
     async def close(self) -> None:
         """Give the outbox a bounded time to empty."""
-        try:
-            async with asyncio.timeout(_CLOSE_LIMIT_S):
-                while self._outbox:
-                    self._settled.clear()
-                    await self._settled.wait()
-        except TimeoutError:
-            log.error("settlements lost at shutdown", count=len(self._outbox))
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.wait([self._sender])
+        for renewal in self._renewals:
+            renewal.cancel()
+        if self._renewals:
+            await asyncio.wait(self._renewals)
+        await self._outbox.close(_CALL_LIMIT_S)
 
-    async def _admit(self, requests: list[AdmissionRequest]) -> list[Admitted | AdmissionRefused]:
-        async with asyncio.timeout(_CALL_LIMIT_S):
-            return unpack_admissions(await self._transport.admit(pack(requests)))
+    # --- internals ---------------------------------------------------------------------------------------------------
+
+    async def _ask_to_admit(self, name: str, request: AdmissionRequest) -> Admitted | AdmissionRefused:
+        if sum(map(len, request.prompts)) > _SHORT_PROMPTS:
+            [answer] = await self._admitter(self._meters[name])([request])
+        else:
+            answer = await self._admissions[name].call(request)
+        if isinstance(answer, AdmissionRefused) and answer.code == "unavailable":
+            raise MeterUnreachable(answer.message)
+        return answer
+
+    def _admitter(
+        self, meter: MeterTransport
+    ) -> Callable[[list[AdmissionRequest]], Awaitable[list[Admitted | AdmissionRefused]]]:
+        async def admit(requests: list[AdmissionRequest]) -> list[Admitted | AdmissionRefused]:
+            async with asyncio.timeout(_CALL_LIMIT_S):
+                return unpack_admissions(await meter.admit(pack(requests)))
+
+        return admit
+
+    async def _settle(self, name: str, settlements: list[Settlement]) -> None:
+        # A meter that is no more may be named in an adopted outbox; any other records as well.
+        meter = self._meters.get(name) or self._meters[self._names[0]]
+        await meter.settle(pack(settlements))
+
+    async def _ask_first(self, ask: Callable[[MeterTransport], Awaitable[bytes]]) -> bytes:
+        return await self._patiently(lambda: ask(self._meters[self._names[0]]))
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call the meter until it answers; a replacement is usually up within seconds."""
@@ -157,22 +220,27 @@ class MeterClient:
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, _RETRY_MAX_S)
 
-    async def _send_settlements(self) -> None:
-        retry_s = _RETRY_FIRST_S
+    async def _renew_for_ever(self, meter: MeterTransport) -> None:
         while True:
-            await self._unsettled.wait()
-            self._unsettled.clear()
-            while self._outbox:
-                batch = list(self._outbox.values())[:_SETTLE_AT_ONCE]
-                try:
-                    async with asyncio.timeout(_CALL_LIMIT_S):
-                        await self._transport.settle(pack(batch))
-                except Exception as error:  # whatever it is: without this task nothing would ever be settled again
-                    log.warning("settlements not taken, will retry", count=len(self._outbox), reason=repr(error))
-                    await asyncio.sleep(retry_s)
-                    retry_s = min(2 * retry_s, _RETRY_MAX_S)
-                    continue
-                retry_s = _RETRY_FIRST_S
-                for settlement in batch:
-                    del self._outbox[settlement.request_id]
-                self._settled.set()
+            try:
+                async with asyncio.timeout(_RENEW_S):
+                    await meter.renew(self._ingress_id)
+            except (MeterUnreachable, TimeoutError) as error:
+                log.warning("lease not renewed", reason=repr(error))
+            await asyncio.sleep(_RENEW_S)
+
+
+def _refusal(answer: AdmissionRefused) -> ApiError:
+    match answer.code:
+        case "model_not_found":
+            return ModelNotFound(answer.message, param="model")
+        case "invalid_api_key":
+            return InvalidApiKey(answer.message)
+        case "model_not_allowed":
+            return ModelNotAllowed(answer.message, param="model")
+        case "rate_limit_exceeded":
+            return RateLimitExceeded(answer.message, answer.retry_after_s, answer.rate_limits)
+        case "insufficient_quota":
+            return InsufficientQuota(answer.message, answer.retry_after_s, answer.rate_limits)
+        case _:
+            return InvalidRequest(answer.message, param=answer.param, code=answer.code)

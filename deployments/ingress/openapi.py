@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Final
 
 from pydantic import BaseModel
 
@@ -24,13 +24,18 @@ from deployments.ingress.dialect import (
     CompletionRequestD2,
 )
 from deployments.ingress.json_schemas import Json, schemas_of
+from deployments.ingress.openapi_administration import ADMIN_SECURITY, ADMINISTRATION_BODIES, administration_paths
 from deployments.ingress.openapi_answers import (
+    ANY_WITH_KEY,
     INVALID,
+    READING_A_BODY,
     answered,
     error_responses,
     errors,
     headers,
     json_content,
+    operation,
+    posted,
     ref,
     schema_ref,
 )
@@ -45,12 +50,11 @@ _BODIES: Final = (
     CompletionRequestD2,
     TokenizeRequest,
     DetokenizeRequest,
+    *ADMINISTRATION_BODIES,
 )
 _ANSWERS: Final[tuple[type[BaseModel], ...]] = tuple(getattr(answer_schemas, name) for name in answer_schemas.__all__)
 
-_READING_A_BODY: Final = (408, 413, 415)
-_ANY_WITH_KEY: Final = (401, 429, 500, 503)
-_COMPLETING: Final = (*_ANY_WITH_KEY, *_READING_A_BODY, 403, 404, 504)
+_COMPLETING: Final = (*ANY_WITH_KEY, *READING_A_BODY, 403, 404, 504)
 
 _EXAMPLE_MODEL: Final = "smollm2-135m"
 _EXAMPLES: Final[dict[str, Json]] = {
@@ -182,42 +186,27 @@ def _completions() -> Json:
     }
 
 
-def _operation(tag: str, summary: str, operation_id: str, answer: Json, *statuses: int, **more: Any) -> Json:
-    return {
-        "tags": [tag],
-        "summary": summary,
-        "operationId": operation_id,
-        "parameters": [ref("parameters", "RequestId")],
-        "responses": {"200": answer, **errors(*statuses)},
-        **more,
-    }
-
-
-def _posted(schema: str, example: Json) -> Json:
-    return {"required": True, "content": json_content(schema, {"text": {"value": example}})}
-
-
 def _tokenization() -> Json:
-    statuses = (400, 404, *_ANY_WITH_KEY, *_READING_A_BODY)
+    statuses = (400, 404, *ANY_WITH_KEY, *READING_A_BODY)
     return {
         "/tokenize": {
-            "post": _operation(
+            "post": operation(
                 "tokens",
                 "Turn a text into token ids",
                 "tokenize",
                 answered("The tokens.", json_content("TokenizeResponse")),
                 *statuses,
-                requestBody=_posted("TokenizeRequest", {"model": _EXAMPLE_MODEL, "prompt": "Once upon a time"}),
+                requestBody=posted("TokenizeRequest", {"model": _EXAMPLE_MODEL, "prompt": "Once upon a time"}),
             )
         },
         "/detokenize": {
-            "post": _operation(
+            "post": operation(
                 "tokens",
                 "Turn token ids into a text",
                 "detokenize",
                 answered("The text.", json_content("DetokenizeResponse")),
                 *statuses,
-                requestBody=_posted("DetokenizeRequest", {"model": _EXAMPLE_MODEL, "tokens": [504, 2365]}),
+                requestBody=posted("DetokenizeRequest", {"model": _EXAMPLE_MODEL, "tokens": [504, 2365]}),
             )
         },
     }
@@ -225,19 +214,28 @@ def _tokenization() -> Json:
 
 def _models() -> Json:
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-    one = _operation(
-        "models", "Tell a model", "retrieveModel", answered("It.", json_content("Model")), *_ANY_WITH_KEY, 404
+    one = operation(
+        "models",
+        "Tell a model",
+        "retrieveModel",
+        answered("It.", json_content("Model")),
+        *ANY_WITH_KEY,
+        404,
+        parameters=[name],
     )
-    one["parameters"] = [*one["parameters"], name]
-    every = _operation(
-        "models", "List the models", "listModels", answered("All.", json_content("ModelList")), *_ANY_WITH_KEY
+    every = operation(
+        "models",
+        "List the models",
+        "listModels",
+        answered("Those that the key may use.", json_content("ModelList")),
+        *ANY_WITH_KEY,
     )
     return {"/v1/models": {"get": every}, "/v1/models/{model}": {"get": one}}
 
 
 def _operations() -> Json:
     public: Json = {"security": []}
-    ready = _operation(
+    ready = operation(
         "operation",
         "Tell whether requests can be served",
         "readiness",
@@ -249,18 +247,29 @@ def _operations() -> Json:
     any_object = {"application/json": {"schema": {"type": "object"}}}
     return {
         "/admin/v1/replicas": {
-            "get": _operation(
+            "get": operation(
                 "operation",
                 "List the engine replicas",
                 "listReplicas",
                 answered("All, as this server sees them.", json_content("ReplicaList")),
-                *_ANY_WITH_KEY,
+                *ANY_WITH_KEY,
                 403,
-                description="Takes an admin key.",
+                security=ADMIN_SECURITY,
+            )
+        },
+        "/metrics": {
+            "get": operation(
+                "operation",
+                "Tell what the meters count",
+                "metrics",
+                answered("In Prometheus' text format.", {"text/plain": {"schema": {"type": "string"}}}),
+                *ANY_WITH_KEY,
+                403,
+                security=ADMIN_SECURITY,
             )
         },
         "/healthz": {
-            "get": _operation(
+            "get": operation(
                 "operation",
                 "Tell whether the process runs",
                 "health",
@@ -271,10 +280,10 @@ def _operations() -> Json:
         },
         "/readyz": {"get": ready},
         "/openapi.json": {
-            "get": _operation("documentation", "This document", "openapi", answered("It.", any_object), 500, **public)
+            "get": operation("documentation", "This document", "openapi", answered("It.", any_object), 500, **public)
         },
         SCHEMA_PATH: {
-            "get": _operation(
+            "get": operation(
                 "documentation",
                 "The JSON Schema of a completion",
                 "completionSchema",
@@ -284,7 +293,7 @@ def _operations() -> Json:
             )
         },
         "/docs": {
-            "get": _operation(
+            "get": operation(
                 "documentation",
                 "This document, to read and try",
                 "docs",
@@ -313,10 +322,12 @@ def openapi_document() -> Json:
             {"name": "completions", "description": "Texts that go on from a prompt."},
             {"name": "models", "description": "What can complete."},
             {"name": "tokens", "description": "Texts as models see them, in the shapes of vLLM."},
+            {"name": "usage", "description": "What was used, as the ledger has it."},
+            {"name": "keys", "description": "Keys, teams and their limits, with the admin key."},
             {"name": "operation", "description": "For those who run the server."},
             {"name": "documentation", "description": "Public, without a key."},
         ],
-        "paths": {**_completions(), **_models(), **_tokenization(), **_operations()},
+        "paths": {**_completions(), **_models(), **_tokenization(), **administration_paths(), **_operations()},
         "components": {
             "securitySchemes": {
                 "HTTPBearer": {"type": "http", "scheme": "bearer", "description": "`Authorization: Bearer KEY`"},
@@ -326,6 +337,7 @@ def openapi_document() -> Json:
                     "name": API_KEY_HEADER,
                     "description": f"`{API_KEY_HEADER}: KEY`, or `{API_KEY_HEADER}: Bearer KEY`",
                 },
+                "AdminKey": {"type": "http", "scheme": "bearer", "description": "The admin key, sent as any other."},
                 "AuthorizationHeader": {
                     "type": "apiKey",
                     "in": "header",

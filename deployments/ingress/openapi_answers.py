@@ -4,19 +4,23 @@ headers."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from deployments.ingress.errors import ApiError
 from deployments.ingress.json_schemas import Json
 
 __all__ = [
+    "ANY_WITH_KEY",
     "INVALID",
+    "READING_A_BODY",
     "answered",
     "error_classes",
     "error_responses",
     "errors",
     "headers",
     "json_content",
+    "operation",
+    "posted",
     "ref",
     "schema_ref",
 ]
@@ -59,6 +63,10 @@ def headers() -> Json:
             "schema": {"type": "string"},
         },
         "RetryAfter": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
+        "ShouldRetry": {
+            "description": "`false` where the request can never be admitted; the official client heeds it.",
+            "schema": {"type": "string"},
+        },
         "Authenticate": {"description": "`Bearer`.", "schema": {"type": "string"}},
     }
     for unit in ("requests", "tokens"):
@@ -79,6 +87,7 @@ _MORE_HEADERS: Final[dict[int, Json]] = {
     401: {"www-authenticate": ref("headers", "Authenticate")},
     429: {
         **_RETRY_AFTER,
+        "x-should-retry": ref("headers", "ShouldRetry"),
         **{
             f"x-ratelimit-{what}-{unit}": ref("headers", f"{what.capitalize()}{unit.capitalize()}")
             for unit in ("requests", "tokens")
@@ -87,14 +96,11 @@ _MORE_HEADERS: Final[dict[int, Json]] = {
     },
     503: _RETRY_AFTER,
 }
-_LIMITED: Final = (
-    "The key has used up what it may: `rate_limit_exceeded` until some time has passed, `insufficient_quota`."
-)
 
 
 def error_responses() -> Json:
     """By status, in OpenAI's shape."""
-    texts: dict[int, list[str]] = {429: [_LIMITED]}
+    texts: dict[int, list[str]] = {}
     for kind in error_classes():
         texts.setdefault(kind.status, []).append(" ".join((kind.__doc__ or "").split()))
     responses: Json = {
@@ -116,6 +122,28 @@ def error_responses() -> Json:
 
 def errors(*statuses: int) -> Json:
     return {str(status): ref("responses", f"Error{status}") for status in statuses}
+
+
+READING_A_BODY: Final = (408, 413, 415)
+ANY_WITH_KEY: Final = (401, 429, 500, 503)
+
+
+def operation(
+    tag: str, summary: str, operation_id: str, answer: Json, *statuses: int, success: int = 200, **more: Any
+) -> Json:
+    """`statuses` are those of errors."""
+    return {
+        "tags": [tag],
+        "summary": summary,
+        "operationId": operation_id,
+        "parameters": [ref("parameters", "RequestId"), *more.pop("parameters", ())],
+        "responses": {str(success): answer, **errors(*statuses)},
+        **more,
+    }
+
+
+def posted(schema: str, example: Json) -> Json:
+    return {"required": True, "content": json_content(schema, {"example": {"value": example}})}
 
 
 INVALID: Final[Json] = {"422": ref("responses", "Invalid")}

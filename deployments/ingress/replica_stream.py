@@ -42,9 +42,10 @@ class ReplicaTransport(Protocol):
     def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
         """Packed `EngineStep` messages, until the replica ends the stream."""
 
-    async def submit(self, stream_id: str, submissions: bytes) -> list[SubmissionStatus]: ...
+    async def submit(self, stream_id: str, submissions: bytes, released: list[str]) -> list[SubmissionStatus]:
+        """Packed list of `Submission`. `released`: requests that are settled, which the replica may forget."""
 
-    async def abort(self, stream_id: str, generations: list[int]) -> None: ...
+    async def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None: ...
 
 
 class ReplicaStream:
@@ -78,6 +79,8 @@ class ReplicaStream:
         """Generations on their way to the replica: an abort that overtook them would find nothing there."""
         self._aborted_early: set[int] = set()
         """Those of them that nobody wants any more; `submit` aborts them once the replica has them."""
+        self._released: list[str] = []
+        """Settled requests that the replica has not been told of; they travel with the next call."""
         self._retry_s = _RETRY_FIRST_S
         self._on_live = on_live
         self._on_lost = on_lost
@@ -155,11 +158,13 @@ class ReplicaStream:
             return []
         if aborted:
             await self._send_abort(list(aborted))
-        return [
-            generation
-            for (number, generation), status in zip(numbered.items(), statuses, strict=True)
-            if status == "queue_full" and self._take(number)
-        ]
+        refused: list[Generation] = []
+        for (number, generation), status in zip(numbered.items(), statuses, strict=True):
+            if status == "accepted":
+                generation.accepted()
+            elif self._take(number):
+                refused.append(generation)
+        return refused
 
     async def abort(self, numbers: list[int]) -> None:
         """Stop generations: nothing of them arrives any more, and the replica frees what they hold."""
@@ -167,6 +172,11 @@ class ReplicaStream:
         self._aborted_early |= taken & self._submitting
         if taken - self._submitting:
             await self._send_abort(list(taken - self._submitting))
+
+    def release(self, request_id: str) -> None:
+        """The request is settled for good: the replica need not be able to."""
+        if self.live:
+            self._released.append(request_id)
 
     def check_silence(self, now: float) -> None:
         """Give the replica up when nothing was heard of it for SILENCE_LIMIT_S; `now` in event-loop time."""
@@ -189,6 +199,7 @@ class ReplicaStream:
 
     @property
     def _stream_id(self) -> str:
+        # deployments/engine/replica.py knows by what is before the number that this ingress has come back.
         return f"{self._name}#{self._connections}"
 
     def _submitter(self) -> Coalescer[list[msgspec.Raw], list[SubmissionStatus]]:
@@ -197,7 +208,8 @@ class ReplicaStream:
 
         async def send(batch: list[list[msgspec.Raw]]) -> list[list[SubmissionStatus]]:
             async with asyncio.timeout(_SUBMIT_LIMIT_S):
-                statuses = await self._transport.submit(stream_id, msgspec.msgpack.encode([*chain(*batch)]))
+                submissions = msgspec.msgpack.encode([*chain(*batch)])
+                statuses = await self._transport.submit(stream_id, submissions, self._take_released())
             if len(statuses) != sum(map(len, batch)):
                 raise RuntimeError(f"{len(statuses)} statuses for {sum(map(len, batch))} submissions")
             each = iter(statuses)
@@ -209,12 +221,16 @@ class ReplicaStream:
         connection = self._connections
         try:
             async with asyncio.timeout(_SUBMIT_LIMIT_S):
-                await self._transport.abort(self._stream_id, numbers)
+                await self._transport.abort(self._stream_id, numbers, self._take_released())
         except (ReplicaLost, TimeoutError) as error:
             # The generations end with the stream, which is broken now if it was not before.
             self._break(f"abort failed: {error!r}", connection)
         except Exception:
             log.exception("abort failed", replica=self._name)
+
+    def _take_released(self) -> list[str]:
+        released, self._released = self._released, []
+        return released
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
@@ -239,6 +255,8 @@ class ReplicaStream:
                     self._retry_s = _RETRY_FIRST_S
                     log.info("replica in rotation", replica=self._name)
                     self._on_live()
+                if self._released and not step.deltas:  # there is time, and no call may come to carry them
+                    await self._send_abort([])
 
     def _apply(self, step: EngineStep) -> None:
         self.load = step.load
@@ -277,6 +295,7 @@ class ReplicaStream:
             log.info("replica out of rotation", replica=self._name, reason=reason, moving=len(self.generations))
         self.load = EngineLoad()
         self._unreported = 0
+        self._released.clear()
         self._emptied.set()
         lost = list(self.generations.values())
         self.generations.clear()

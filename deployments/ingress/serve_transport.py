@@ -1,4 +1,4 @@
-"""Replicas and meter reached through Ray Serve handles: the only module of the ingress that makes Ray calls."""
+"""Replicas reached through Ray Serve handles: the only module of the ingress that makes Ray calls."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from ray.serve.handle import DeploymentHandle
 from deployments.contracts import SubmissionStatus
 from deployments.engine.engine import EngineError
 from deployments.engine.replica_directory import ReplicaGone
-from deployments.ingress.meter_client import MeterUnreachable
 from deployments.ingress.replica_stream import ReplicaLost
-from deployments.meter.errors import MeterError
 
-__all__ = ["ServeMeter", "ServePools", "ServeReplica"]
+__all__ = ["ServePools", "ServeReplica"]
 
-_UNREACHABLE = (RayError, RayServeException, grpc.RpcError, ReplicaGone, EngineError, MeterError)
+_UNREACHABLE = (RayError, RayServeException, grpc.RpcError, ReplicaGone, EngineError)
 """What a Serve call raises when the other side is gone, going, or failed: gRPC's errors and those of the called method
 come through bare."""
 
@@ -29,16 +27,12 @@ come through bare."""
 _PROBE_LIMIT_S = 0.2
 
 
-def _fast(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
-    # The messages are bytes already; Serve's default, cloudpickle, is several times slower on them than pickle.
-    return handle.options(request_serialization="pickle", response_serialization="pickle")
-
-
 class ServeReplica:
     """One engine replica, named by its unique id."""
 
     def __init__(self, handle: DeploymentHandle[Any], replica_id: str) -> None:
-        self._handle = _fast(handle)
+        # The messages are bytes already; Serve's default, cloudpickle, is several times slower on them than pickle.
+        self._handle = handle.options(request_serialization="pickle", response_serialization="pickle")
         self._stream_handle = self._handle.options(stream=True)
         self._replica_id = replica_id
 
@@ -52,42 +46,17 @@ class ServeReplica:
         finally:
             response.cancel()
 
-    async def submit(self, stream_id: str, submissions: bytes) -> list[SubmissionStatus]:
-        return cast(list[SubmissionStatus], await self._call("submit", stream_id, submissions))
+    async def submit(self, stream_id: str, submissions: bytes, released: list[str]) -> list[SubmissionStatus]:
+        return cast(list[SubmissionStatus], await self._call("submit", stream_id, submissions, released))
 
-    async def abort(self, stream_id: str, generations: list[int]) -> None:
-        await self._call("abort", stream_id, generations)
+    async def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None:
+        await self._call("abort", stream_id, generations, released)
 
-    async def _call(self, method: str, stream_id: str, argument: bytes | list[int]) -> Any:
+    async def _call(self, method: str, stream_id: str, argument: bytes | list[int], released: list[str]) -> Any:
         try:
-            return await getattr(self._handle, method).remote(stream_id, argument, target=self._replica_id)
+            return await getattr(self._handle, method).remote(stream_id, argument, released, target=self._replica_id)
         except _UNREACHABLE as error:
             raise ReplicaLost(type(error).__name__) from error
-
-
-class ServeMeter:
-    """The meter of the same application."""
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = _fast(handle)
-
-    async def authenticate(self, digest: bytes) -> bytes:
-        return cast(bytes, await self._call("authenticate", digest))
-
-    async def admit(self, requests: bytes) -> bytes:
-        return cast(bytes, await self._call("admit", requests))
-
-    async def settle(self, settlements: bytes) -> None:
-        await self._call("settle", settlements)
-
-    async def ping(self) -> None:
-        await self._call("ping")
-
-    async def _call(self, method: str, *arguments: bytes) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(*arguments)
-        except _UNREACHABLE as error:
-            raise MeterUnreachable(type(error).__name__) from error
 
 
 class ServePools:

@@ -23,6 +23,9 @@ class MeteredModel:
     """Holds `tokenizer.json`."""
     max_model_len: int
     """Tokens of prompt and completion together, >= 1; the same number that the model's engines run with."""
+    prompt_price: float = 0.0
+    """Per million tokens, as the one below."""
+    completion_price: float = 0.0
 
 
 class CatalogueEntry(NamedTuple):

@@ -11,11 +11,15 @@ from pathlib import Path
 
 __all__ = [
     "AdminKeyError",
+    "InvalidValue",
+    "KeyNotFound",
+    "KeyRevoked",
     "LedgerBusy",
     "LedgerUnavailable",
     "MeterBusy",
     "MeterClosed",
     "MeterError",
+    "TeamNotFound",
     "TokenOutOfVocabulary",
     "TokenizerUnavailable",
 ]
@@ -82,3 +86,47 @@ class TokenOutOfVocabulary(MeterError):
 
 class AdminKeyError(MeterError):
     """The admin key cannot be used as it is; the message says what to do."""
+
+
+class InvalidValue(MeterError):
+    """A key or a team cannot be made or changed like this."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        """`field` such as `limits.tokens_per_day`."""
+        super().__init__(field, value, expected)
+        self.field = field
+        self.value = value
+        self.expected = expected
+
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        return f"{self.field}: got {shown if len(shown) <= 100 else f'{shown[:100]}…'}, expected {self.expected}"
+
+
+class KeyNotFound(MeterError):
+    def __init__(self, key_id: str) -> None:
+        super().__init__(key_id)
+        self.key_id = key_id
+
+    def __str__(self) -> str:
+        return f"There is no key {self.key_id}."
+
+
+class KeyRevoked(MeterError):
+    """What is revoked stays so and as it was."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(key_id)
+        self.key_id = key_id
+
+    def __str__(self) -> str:
+        return f"The key {self.key_id} is revoked for good; make a new one."
+
+
+class TeamNotFound(MeterError):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"There are no limits of a team {self.name}."

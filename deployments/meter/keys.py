@@ -1,25 +1,25 @@
-"""API keys: where the admin key comes from, and whose key a caller holds. Everything here sees SHA-256
-digests only, except the first start, which has to make the admin key.
-"""
+"""What a key is, and where the admin key comes from. All others are in the database (key_store.py)."""
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import os
 import secrets
 import stat
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from deployments.contracts import KeyInfo
 from deployments.meter.errors import AdminKeyError
 
-__all__ = ["ADMIN_KEY_VARIABLE", "AnyKey", "Authenticator", "KeyRing", "ensure_admin_key", "key_digest"]
+__all__ = ["ADMIN_KEY_VARIABLE", "ensure_admin_key", "key_digest", "new_key"]
 
 ADMIN_KEY_VARIABLE: Final = "MILLSTREAM_ADMIN_KEY"
 """Overrides the file. On Kubernetes it comes from a Secret: volumes with an fsGroup open files to the group."""
+
+
+def new_key() -> str:
+    """A key that nobody has: 256 random bits."""
+    return f"sk-ms-{secrets.token_urlsafe(32)}"
 
 
 def key_digest(key: str) -> bytes:
@@ -49,7 +49,7 @@ def _create_key_file(path: Path) -> None:
     descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         with open(descriptor, "w", encoding="ascii") as file:
-            file.write(f"sk-ms-{secrets.token_urlsafe(32)}\n")
+            file.write(f"{new_key()}\n")
             file.flush()
             os.fsync(file.fileno())
         # Unlike a rename, a link never replaces the key that another process made meanwhile.
@@ -78,33 +78,3 @@ def _usable(key: str, source: str) -> str:
     if not key or not all("!" <= character <= "~" for character in key):
         raise AdminKeyError(f"{source}: expected a key of printable ASCII characters without spaces")
     return key
-
-
-class Authenticator(Protocol):
-    """Decides whose key a digest belongs to."""
-
-    def authenticate(self, digest: bytes) -> KeyInfo | None:
-        """None for an unknown key."""
-        ...
-
-
-class KeyRing:
-    """A fixed set of keys, by digest (see `key_digest`)."""
-
-    def __init__(self, keys: Mapping[bytes, KeyInfo]) -> None:
-        self._keys = tuple(keys.items())
-
-    def authenticate(self, digest: bytes) -> KeyInfo | None:
-        """Takes the same time whatever `digest` is, the right one included."""
-        found: KeyInfo | None = None
-        for known, info in self._keys:
-            if hmac.compare_digest(known, digest):
-                found = info
-        return found
-
-
-class AnyKey:
-    """For clusters that require no keys: everyone is the same anonymous caller, without admin rights."""
-
-    def authenticate(self, digest: bytes) -> KeyInfo | None:
-        return KeyInfo(key_id="anonymous", name="anonymous", admin=False)

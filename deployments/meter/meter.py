@@ -1,109 +1,219 @@
-"""The meter: admits requests, in tokens, and accounts for what they used. Free of Ray and HTTP.
+"""The meter: keys, admission and settlement put together, from the start of its process to its end. Free of Ray and
+HTTP.
 
-Tokenizing and reserving are one step, so that every later limit is exact and holds before any engine works.
-The ledger alone decides what was used; reservations only say what may still be.
+Tokenizing, checking and reserving are one step, so that limits are exact and hold before any engine works. The ledger
+alone decides what was used; reservations only say what may still be.
 
 Coupled with deployments/ingress/meter_client.py through contracts.AdmissionRequest and contracts.Settlement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
 
-from deployments.contracts import AdmissionRefused, AdmissionRequest, Admitted, KeyInfo, PromptOptions, Settlement
+import structlog
+
+from deployments.contracts import (
+    Account,
+    AdministrationAnswer,
+    AdministrationCommand,
+    AdmissionRefused,
+    AdmissionRequest,
+    Admitted,
+    KeyInfo,
+    MeterCounters,
+    Settlement,
+    UsageQuery,
+    UsageRow,
+)
+from deployments.meter.administration import administer
+from deployments.meter.admission import Admission
 from deployments.meter.catalogue import Catalogue, MeteredModel
-from deployments.meter.errors import TokenOutOfVocabulary
-from deployments.meter.keys import Authenticator
+from deployments.meter.counters import Counters
+from deployments.meter.database import open_database
+from deployments.meter.errors import LedgerUnavailable, MeterError
+from deployments.meter.key_directory import KeyDirectory
+from deployments.meter.key_store import KeyStore
 from deployments.meter.ledger import Ledger
-from deployments.meter.reservations import Reservation, Reservations
+from deployments.meter.limit_book import LimitBook
+from deployments.meter.limits import Demand
+from deployments.meter.refusal_rows import RefusalRows
+from deployments.meter.reservation_journal import ReservationJournal
+from deployments.meter.reservations import Reservation, Reservations, demand_of
+from deployments.meter.spool import Spool
 from deployments.meter.worker_threads import WorkerThreads
 
-__all__ = ["Meter"]
+__all__ = ["Meter", "MeterSettings", "steady_clock"]
+
+log = structlog.get_logger()
+
+_SWEEP_S: Final = 2.0
+_FIRST_USE_S: Final = 5.0
+
+
+@dataclass(frozen=True)
+class MeterSettings:
+    folder: Path
+    """For spool and journal; made if missing."""
+    database_url: str
+    admin_digest: bytes | None
+    """Of the admin key; None where no keys are required."""
+    shard: int = 0
+    shards: int = 1
+    lost_after_s: float = 60.0
+    """Without a sign of life from an ingress, after which its open reservations count as lost."""
+    record_refusals: bool = False
+    """Whether refused requests get a row in the ledger."""
+    max_reservations: int = 100_000
+    tokenizer_threads: int = 2
+    max_waiting_prompts: int = 256
+    """Requests whose long prompts wait for one of `tokenizer_threads`."""
+
+
+def steady_clock() -> Callable[[], float]:
+    """Unix time in seconds that never goes back: set once, then counted."""
+    set_at = time.time() - time.monotonic()
+    return lambda: set_at + time.monotonic()
 
 
 class Meter:
     """All methods run on one event loop; none holds it for longer than a short prompt takes to encode."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        keys: Authenticator,
-        *,
-        reservations: Reservations | None = None,
-        tokenizer_threads: int = 2,
-        max_waiting_prompts: int = 256,
-    ) -> None:
-        """`max_waiting_prompts` bounds the requests whose long prompts wait for one of `tokenizer_threads`."""
-        self._ledger = ledger
-        self._keys = keys
-        self._reservations = Reservations() if reservations is None else reservations
-        self._threads = WorkerThreads("tokenizer", threads=tokenizer_threads, max_waiting=max_waiting_prompts)
-        self._catalogue = Catalogue(self._threads)
+    def __init__(self, settings: MeterSettings, *, clock: Callable[[], float] | None = None) -> None:
+        """Raises BlockingIOError while another process has the files of this shard open, OSError when they cannot be
+        made, and for the database as Ledger does. Does not connect."""
+        self._settings = settings
+        self._clock = clock or steady_clock()
+        self._counters = Counters()
+        self._key_database = open_database(settings.database_url)
+        spool = _open_spool(settings)
+        try:
+            self._journal = ReservationJournal(settings.folder, settings.shard, settings.shards)
+        except BaseException:
+            spool.close()
+            raise
+        self._ledger = Ledger(settings.database_url, spool, on_committed=self._counters.committed)
+        self._store = KeyStore(self._key_database, clock=self._clock)
+        self._key_threads = WorkerThreads("keys", threads=1, max_waiting=64)
+        self._keys = KeyDirectory(
+            self._store,
+            self._key_threads.run,
+            admin_digest=settings.admin_digest or b"",
+            require_keys=settings.admin_digest is not None,
+            clock=self._clock,
+        )
+        self._tokenizer_threads = WorkerThreads(
+            "tokenizer", threads=settings.tokenizer_threads, max_waiting=settings.max_waiting_prompts
+        )
+        self._catalogue = Catalogue(self._tokenizer_threads)
+        self._book = LimitBook(self._ledger, self._clock)
+        self._reservations = Reservations(
+            self._journal, capacity=settings.max_reservations, lost_after_s=settings.lost_after_s
+        )
+        self._admission = Admission(self._keys, self._catalogue, self._book, self._reservations, self._clock)
+        self._refusal_rows = RefusalRows(self._ledger) if settings.record_refusals else None
+        self._unchecked: list[str] | None = []
+        """Reservations of an earlier process that may be recorded already; None once that is known."""
+        self._sweeper: asyncio.Task[None] | None = None
+
+    # --- in the order in which they happen --------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Knows again what an earlier process had admitted, and the keys. A database that is away is waited for only
+        by those that need it."""
+        self._unchecked = self._restore()
+        await self._ledger.start()
+        try:
+            async with asyncio.timeout(_FIRST_USE_S):
+                await self._catch_up(self._unchecked)
+        except (MeterError, TimeoutError) as error:
+            log.warning("database away at the start", reason=str(error))
+        await self._keys.start()
+        self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="meter-sweeper")
 
     def set_models(self, models: Iterable[MeteredModel]) -> None:
         """Admits requests for exactly these models from now on. Requests that are being admitted go on."""
         self._catalogue.set_models(models)
 
-    def authenticate(self, digest: bytes) -> KeyInfo | None:
-        """Whose key has this SHA-256; None for nobody's."""
-        return self._keys.authenticate(digest)
+    async def authenticate(self, digest: bytes) -> KeyInfo | None:
+        """Whose key has this SHA-256; None for nobody's. Raises LedgerUnavailable when that cannot be told."""
+        return await self._keys.authenticate(digest)
 
-    async def admit(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
-        """Tokenizes, checks and reserves; the reservation lasts until the request is settled.
+    async def admit(self, requests: list[AdmissionRequest]) -> list[Admitted | AdmissionRefused]:
+        """Tokenizes, checks and reserves; a reservation lasts until its request is settled.
 
-        Asking again for the same request is safe. Raises MeterBusy when too much waits, TokenizerUnavailable
-        when the model's files are unusable.
+        Asking again for the same request is safe. Those that cannot be decided now are `unavailable`, and hold up no
+        others: when too much waits, a model's files are unusable, or usage cannot be told. Raises LedgerUnavailable
+        for all of them when usage cannot be recorded.
         """
-        entry = self._catalogue.find(request.model)
-        if entry is None:
-            return AdmissionRefused("model_not_found", f"The model `{request.model}` does not exist.", param="model")
-        max_model_len, options = entry.model.max_model_len, request.options
-        prompts = request.prompts
-        keep = options.truncate_prompt_tokens
-        if keep == -1:
-            keep = max(1, max_model_len - request.max_tokens)
-        if keep is not None:
-            prompts = [_truncated(prompt, keep, options) if isinstance(prompt, list) else prompt for prompt in prompts]
-        # Before their ids are looked at: megabytes of them would hold the event loop.
-        for prompt in prompts:
-            if isinstance(prompt, list) and len(prompt) + request.max_tokens > max_model_len:
-                return _context_exceeded(max_model_len, len(prompt), request.max_tokens)
-        try:
-            token_ids = await entry.tokenizer.encode(prompts, add_special_tokens=options.add_special_tokens)
-        except TokenOutOfVocabulary as error:
-            return AdmissionRefused("token_out_of_vocabulary", str(error), param="prompt")
-        if keep is not None:
-            token_ids = [_truncated(ids, keep, options) for ids in token_ids]
-        lengths = [len(ids) for ids in token_ids]
-        if not all(lengths):
-            return AdmissionRefused(
-                "empty_prompt",
-                "The prompt is empty: expected at least one token in each prompt.",
-                param="prompt",
-            )
-        if max(lengths) + request.max_tokens > max_model_len:
-            return _context_exceeded(max_model_len, max(lengths), request.max_tokens)
-        self._reservations.reserve(
-            request.request_id,
-            Reservation(
-                key_id=request.key_id,
-                model=request.model,
-                prompt_tokens=sum(lengths),
-                completion_tokens=len(lengths) * request.choices * request.max_tokens,
-            ),
-        )
-        return Admitted(token_ids)
+        if self._ledger.full:
+            raise LedgerUnavailable("the spool is full")
+        answers = await asyncio.gather(*map(self._admit, requests))
+        self._reservations.flush(self._clock())
+        return answers
 
     async def settle(self, settlements: list[Settlement]) -> None:
         """Returns once all are durable in the ledger; then their reservations are gone. Raises as Ledger.record."""
-        await self._ledger.record(settlements)
-        for settlement in settlements:
-            self._reservations.release(settlement.request_id)
+        began_s = time.perf_counter()
+        async with self._book.recording():
+            await self._ledger.record(settlements)
+            now = self._clock()
+            for settlement in settlements:
+                if not self._reservations.settle(settlement, now):
+                    self._book.recount(settlement.account.key_id, settlement.account.team)
+        self._reservations.flush(now)
+        self._counters.settled(time.perf_counter() - began_s)
 
-    @property
-    def open_reservations(self) -> int:
-        """Requests admitted and not yet settled."""
-        return len(self._reservations)
+    def renew(self, ingress_id: str) -> None:
+        """That ingress lives, and will settle what it had admitted."""
+        self._reservations.renew(ingress_id, self._clock())
+
+    async def administer(self, command: AdministrationCommand) -> AdministrationAnswer:
+        """Changes or tells keys and teams: this meter knows at once, all others within a second. Raises
+        LedgerUnavailable, and then nothing has changed."""
+        answer = await self._key_threads.run(partial(administer, self._store, command))
+        if answer.error is None and self._settings.admin_digest is not None:
+            try:
+                await self._keys.refresh()
+            except MeterError as error:  # too late to fail: the command would be sent again
+                log.warning("keys not refreshed, will retry", reason=str(error))
+        return answer
+
+    async def sweep(self) -> None:
+        """Settles what is lost, and forgets what need not be known. The meter does it itself from time to time."""
+        now = self._clock()
+        self._book.forget_idle(now)
+        if lost := self._reservations.lost(now):
+            await self.settle([_lost(reservation.account, now) for reservation in lost])
+            self._counters.lost_reservations += len(lost)
+            for reservation in lost:
+                log.warning(
+                    "reservation lost",
+                    request=reservation.account.request_id,
+                    reserved_tokens=reservation.account.reserved_tokens,
+                    ingress=reservation.ingress_id,
+                )
+        if self._unchecked is not None:
+            with suppress(LedgerUnavailable):  # as logged at the start
+                await self._catch_up(self._unchecked)
+
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        """As Ledger.usage."""
+        return await self._ledger.usage(query)
+
+    def counters(self) -> MeterCounters:
+        return self._counters.told(
+            wrong_keys=self._keys.wrong_keys,
+            open_reservations=len(self._reservations),
+            spooled=self._ledger.spooled,
+        )
 
     async def check_reachable(self) -> None:
         """Raises LedgerUnavailable unless the ledger's database answers."""
@@ -114,21 +224,98 @@ class Meter:
         return self._ledger.closed
 
     async def close(self) -> None:
-        """Stops tokenizing, writes the settlements that wait, closes the ledger. Safe twice."""
-        self._threads.close()
+        """Stops tokenizing, writes the settlements that wait, closes ledger and files. Safe twice, and before
+        `start`."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.wait({self._sweeper})
+        self._tokenizer_threads.close()
+        await self._book.close()
+        await self._keys.close()
+        if self._refusal_rows is not None:
+            await self._refusal_rows.close()
         await self._ledger.close()
+        self._journal.close()
+        self._key_threads.close()
+        await asyncio.to_thread(self._key_database.dispose)
+
+    # --- admission ---------------------------------------------------------------------------------------------------
+
+    async def _admit(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
+        began_s = time.perf_counter()
+        try:
+            answer = await self._admission.decide(request)
+        except MeterError as error:
+            log.warning("admission not decided", request=request.request_id, reason=str(error))
+            return AdmissionRefused("unavailable", str(error))
+        if isinstance(answer, Admitted):
+            self._counters.admitted(time.perf_counter() - began_s)
+        else:
+            self._counters.refusals[answer.code] += 1
+            if self._refusal_rows is not None:
+                self._refusal_rows.put(request, self._clock())
+        return answer
+
+    # --- what an earlier process, and others, have left -------------------------------------------------------------
+
+    def _restore(self) -> list[str]:
+        """The ids of those that are open."""
+        now, unchecked = self._clock(), []
+        for left in self._journal.load(now):
+            account = left.account
+            # A clock that was set back must not make room later than a minute from now.
+            admitted_at = min(account.admitted_at or now, now)
+            states = self._book.states(account.key_id, account.team)
+            holds = tuple([state.take(admitted_at, demand_of(account)) for state in states])
+            if left.used_tokens is None:
+                self._reservations.restore(Reservation(account, left.ingress_id, holds), now)
+                unchecked.append(account.request_id)
+            else:
+                for hold in holds:
+                    hold.close(Demand(left.used_tokens, 0.0), account.started_at, admitted=left.admitted)
+        if unchecked:
+            log.info("open reservations taken up", count=len(unchecked))
+        return unchecked
+
+    async def _catch_up(self, unchecked: list[str]) -> None:
+        """Ends what an earlier process has recorded and not journaled. The first use of the database, which prepares
+        it. Raises LedgerUnavailable."""
+        async with self._book.recording():
+            recorded = await self._ledger.known(unchecked)
+            for reservation in self._reservations.close_recorded(recorded):
+                self._book.recount(reservation.account.key_id, reservation.account.team)
+        self._reservations.flush(self._clock())
+        if not self._ledger.spooled:
+            self._unchecked = None
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(min(_SWEEP_S, self._settings.lost_after_s / 4))
+            try:
+                await self.sweep()
+            except MeterError as error:
+                log.warning("not swept, will retry", reason=str(error))
 
 
-def _truncated(token_ids: list[int], keep: int, options: PromptOptions) -> list[int]:
-    return token_ids[:keep] if options.truncation_side == "right" else token_ids[-keep:]
+def _open_spool(settings: MeterSettings) -> Spool:
+    left = []
+    if settings.shard == 0:  # takes what meters that there are no more have left
+        for path in settings.folder.glob("settlements-*.spool"):
+            number = path.stem.removeprefix("settlements-")
+            if number.isdecimal() and int(number) >= settings.shards:
+                left.append(path)
+    return Spool(settings.folder, f"settlements-{settings.shard}", adopt=left)
 
 
-def _context_exceeded(max_model_len: int, prompt_tokens: int, max_tokens: int) -> AdmissionRefused:
-    """In the words that OpenAI used for its completions models, which clients search for."""
-    return AdmissionRefused(
-        "context_length_exceeded",
-        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-        f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt; {max_tokens} for the "
-        "completion). Please reduce the prompt or max_tokens.",
-        param="prompt",
+def _lost(account: Account, now: float) -> Settlement:
+    return Settlement(
+        account=account,
+        status="lost",
+        prompt_tokens=0,
+        cached_tokens=0,
+        completion_tokens=0,
+        resumes=0,
+        first_token_s=None,
+        total_s=max(0.0, now - account.started_at),
+        witness="none",
     )

@@ -54,7 +54,7 @@ def _least_cpus(config: ClusterConfig) -> list[Reservation]:
     ingress, meter = config.ingress, config.meter
     return [
         Reservation("ingress", ingress.replicas.min * ingress.resources.cpus),
-        Reservation("meter", meter.resources.cpus),
+        Reservation("meter", meter.replicas * meter.resources.cpus),
         *(Reservation(model.name, model.replicas.min * model.resources.cpus) for model in config.models),
     ]
 

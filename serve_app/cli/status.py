@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.meter.keys import ensure_admin_key
-from serve_app.applications import ROOT
 from serve_app.config import millstream_home
 from serve_app.ray_node import RayNode
 from serve_app.serve_api import ServeApi, ServeApiError
@@ -24,6 +23,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Show applications, their replicas, where they run and their load. Ends with status 1 if no cluster runs."""
+    from serve_app.applications import ROOT  # imports Ray, which the other commands start without
+
     home = millstream_home(os.environ)
     node = RayNode.running(home)
     if node is None:

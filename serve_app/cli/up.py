@@ -18,10 +18,9 @@ import typer
 
 from deployments.meter.errors import AdminKeyError
 from deployments.meter.keys import ensure_admin_key
-from serve_app.applications import ROOT, serve_config
 from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
 from serve_app.model_source import ModelSourceError, prepare_model
-from serve_app.ray_node import RayNode, RayNodeError, processes_of
+from serve_app.ray_node import RayNode, RayNodeError, processes_of, write_secret
 from serve_app.serve_api import Application, ServeApi, ServeApiError
 
 __all__ = ["up"]
@@ -46,6 +45,8 @@ def up(
 
     Stays in the foreground, and stops the cluster on Ctrl-C, unless --detach is given or the cluster was running.
     """
+    from serve_app.applications import serve_config  # imports Ray, which the other commands start without
+
     try:
         config = load_cluster_config(file)
         if port is not None:
@@ -65,6 +66,7 @@ def up(
         key = ensure_admin_key(home)
         folders = {model.name: prepare_model(model.source, home, report=_say) for model in config.models}
         with _alone(home):
+            write_secret(home / "run" / "database", config.meter.database)  # for the commands that read or change it
             node = RayNode.running(home)
             if node is None:
                 _say("starting Ray …")
@@ -151,6 +153,8 @@ def _await_running(api: ServeApi, config: ClusterConfig, stopping: threading.Eve
 
 
 def _progress(application: Application) -> str:
+    from serve_app.applications import ROOT
+
     parts = [
         f"{sum(replica.state == 'RUNNING' for replica in replicas)}/{application.wanted[name]}"
         for name, replicas in application.deployments.items()

@@ -11,9 +11,8 @@ import httpx2
 import openai
 
 from deployments.ingress.app import IngressSettings, build_app
-from deployments.ingress.meter_client import MeterClient
 from tests.conformance.faces import Face
-from tests.deployments.ingress.memory_gateway import BODY_LIMIT_BYTES, Gateway
+from tests.deployments.ingress.memory_gateway import BODY_LIMIT_BYTES, Gateway, meter_client_of
 from tests.deployments.ingress.memory_meter import USER_KEY
 
 __all__ = ["app_with_deadline", "replayed", "speaking"]
@@ -31,7 +30,7 @@ async def speaking(gate: Gateway, face: Face) -> AsyncIterator[httpx.AsyncClient
 @asynccontextmanager
 async def app_with_deadline(gate: Gateway, request_timeout_s: float) -> AsyncIterator[None]:
     """`gate` answers within so many seconds."""
-    meter = MeterClient(gate.meter, admission_timeout_s=10.0)
+    meter = meter_client_of(gate.meter, gate.folder, "timed")
     await meter.start()
     untimed = gate.app
     gate.app = build_app(gate.catalog, meter, IngressSettings(BODY_LIMIT_BYTES, 15.0, request_timeout_s))

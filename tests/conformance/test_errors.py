@@ -21,8 +21,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from deployments.ingress.completion import Completion
-from deployments.ingress.meter_client import MeterUnreachable
 from deployments.ingress.wire import ChoiceDelta
+from deployments.meter.meter_transport import MeterUnreachable
 from tests.conformance.faces import D0, D2, EACH_FACE, Face, assert_error, assert_invalid
 from tests.conformance.in_process import app_with_deadline, replayed, speaking
 from tests.conformance.raw_http import STALLS, RawAnswer, connected, request_of

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
 import requests
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.config import SchemathesisConfig
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -29,9 +31,9 @@ from tests.conftest import RunningCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-EXAMPLES = {"POST /v1/completions": 800, "POST /openai/v1/completions": 350}
+EXAMPLES = {"POST /v1/completions": 500, "POST /openai/v1/completions": 250}
 """Of each operation; 2,000 over all. The others share the rest."""
-OTHERS = 110
+OTHERS = 60
 
 CHECKS = [
     not_a_server_error,
@@ -40,7 +42,10 @@ CHECKS = [
     response_headers_conformance,
 ]
 """And response_schema_conformance, but for streams, whose schema is of an event's data."""
-SCHEMA = schemathesis.openapi.from_dict(deepcopy(openapi_document()))  # its cases share what they are made of
+SCHEMA = schemathesis.openapi.from_dict(
+    deepcopy(openapi_document()),  # its cases share what they are made of
+    config=SchemathesisConfig.from_dict({"max-stream-events": 1_000_000}),  # else it hangs up after 20
+)
 CHUNK = Draft202012Validator({**openapi_document(), "$ref": "#/components/schemas/CompletionChunk"})
 OPERATIONS = {
     operation.label: operation
@@ -92,6 +97,9 @@ def test_answers_are_as_documented(simulated_cluster: RunningCluster, label: str
                 if short:  # a context full of tokens takes seconds
                     body.pop("max_tokens", None)
                 case.body = body
+            assume(
+                len(urlencode(case.query or {}, doseq=True)) < 8000
+            )  # HAProxy refuses longer ones in words of its own
             response = case.call(
                 base_url=simulated_cluster.url, session=session, headers=simulated_cluster.headers, timeout=60
             )

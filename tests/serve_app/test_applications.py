@@ -95,7 +95,14 @@ def test_arguments_and_catalog_are_what_their_readers_take(folder: Path) -> None
     ]
     metered = deployment(described, GATEWAY, "Meter")["user_config"]["models"]
     assert metered == [
-        {"name": each.name, "folder": str(each.folder), "max_model_len": each.max_model_len} for each in catalog
+        {
+            "name": each.name,
+            "folder": str(each.folder),
+            "max_model_len": each.max_model_len,
+            "prompt_price": 0.0,
+            "completion_price": 0.0,
+        }
+        for each in catalog
     ]
     for name in ("a", "b"):
         model = ModelArguments.model_validate(application(described, application_name(name))["args"]).model

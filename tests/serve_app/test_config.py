@@ -382,8 +382,15 @@ def test_all_problems_are_told_at_once_by_line(refuse: Refuse, tmp_path: Path) -
 
 
 def test_passwords_are_not_shown(refuse: Refuse) -> None:
-    [problem] = refuse("meter: {database: ${URL}}" + MODEL, {"URL": "postgresql://u:secret@h/d"})
-    assert problem.value == '"postgresql://u:***@h/d"'
+    [problem] = refuse("meter: {database: ${URL}}" + MODEL, {"URL": "mysql://u:secret@h/d"})
+    assert problem.value == '"mysql://u:***@h/d"'
+
+
+def test_several_meters_need_postgresql(load: Load, refuse: Refuse) -> None:
+    assert load("meter: {database: 'postgresql://u@h:5432/d', replicas: 2}" + MODEL).meter.replicas == 2
+    [problem] = refuse("meter: {replicas: 2}" + MODEL)
+    assert (problem.key, problem.value) == ("meter.replicas", "2")
+    assert "PostgreSQL" in problem.expected
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,10 @@ from deployments.contracts import (
     unpack,
 )
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
+from deployments.engine.orphans import Orphanage
 from deployments.engine.replica import DrainRate, EngineReplica
 from deployments.engine.step_outbox import HEARTBEAT_S
+from tests.deployments.accounts import account
 
 
 class ScriptedEngine:
@@ -75,7 +77,7 @@ class ScriptedEngine:
 
 
 def submission(generation: int, request_id: str = "r", *, resumed: bool = False) -> Submission:
-    return Submission(generation, request_id, [1, 2, 3], Sampling(max_tokens=8), resumed)
+    return Submission(generation, [1, 2, 3], Sampling(max_tokens=8), account(request_id), "Meter", resumed=resumed)
 
 
 async def take(steps: AsyncGenerator[bytes, None]) -> EngineStep:
@@ -95,7 +97,7 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 def replica(engine: ScriptedEngine) -> EngineReplica:
-    return EngineReplica(engine)
+    return EngineReplica(engine, Orphanage(lambda *_settled: None))
 
 
 async def opened(replica: EngineReplica, stream_id: str = "s") -> AsyncGenerator[bytes, None]:
@@ -111,7 +113,7 @@ async def test_tokens_travel_on_the_stream_they_were_submitted_on(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     async with aclosing(await opened(replica)) as steps:
-        assert replica.submit("s", [submission(7), submission(8, "q")]) == ["accepted", "accepted"]
+        assert replica.submit("s", [submission(7), submission(8, "q")], []) == ["accepted", "accepted"]
         assert engine.submitted == [([1, 2, 3], Sampling(max_tokens=8))] * 2
         engine.generate("r", [10])
         engine.generate("q", [20], "length")
@@ -124,14 +126,14 @@ async def test_a_submission_on_a_stream_that_is_not_open_is_refused(
     replica: EngineReplica, engine: ScriptedEngine, stream_id: str
 ) -> None:
     await (await opened(replica, "closed")).aclose()
-    assert replica.submit(stream_id, [submission(1), submission(2)]) == ["stream_unknown", "stream_unknown"]
+    assert replica.submit(stream_id, [submission(1), submission(2)], []) == ["stream_unknown", "stream_unknown"]
     assert engine.submitted == []
 
 
 async def test_a_full_engine_takes_resumed_generations_only(replica: EngineReplica, engine: ScriptedEngine) -> None:
     async with aclosing(await opened(replica)) as steps:
         engine.full = True
-        statuses = replica.submit("s", [submission(1), submission(2, "q", resumed=True), submission(3)])
+        statuses = replica.submit("s", [submission(1), submission(2, "q", resumed=True), submission(3)], [])
         assert statuses == ["queue_full", "accepted", "queue_full"]
         engine.generate("q", [20])
         assert (await take(steps)).deltas == [TokenDelta(2, [20])]
@@ -140,7 +142,7 @@ async def test_a_full_engine_takes_resumed_generations_only(replica: EngineRepli
 
 async def test_choices_of_one_request_are_apart(replica: EngineReplica, engine: ScriptedEngine) -> None:
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1), submission(2)])
+        replica.submit("s", [submission(1), submission(2)], [])
         for token, deliver in enumerate(engine.alive.values()):
             deliver([token], None)
         assert (await take(steps)).deltas == [TokenDelta(1, [0]), TokenDelta(2, [1])]
@@ -167,7 +169,7 @@ async def test_a_generation_that_ends_while_it_is_submitted_is_told_on_the_strea
 
     monkeypatch.setattr(engine, "submit", refuse)
     async with aclosing(await opened(replica)) as steps:
-        assert replica.submit("s", [submission(1)]) == ["accepted"]
+        assert replica.submit("s", [submission(1)], []) == ["accepted"]
         assert (await take(steps)).deltas == [TokenDelta(1, [], reason, message=message, param=param)]
     assert engine.aborted == []
 
@@ -178,7 +180,7 @@ async def test_everything_that_the_engine_tells_travels_on_the_stream(
     of_prompt = [None, PositionLogprobs([2, 7], [-3.5, -0.25], [90, 1]), PositionLogprobs([3], [-0.5], [1])]
     of_token = PositionLogprobs([10, 11], [-0.125, -float("inf")], [1, 40_000])
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1)])
+        replica.submit("s", [submission(1)], [])
         [deliver] = engine.alive.values()
         deliver([10], None, cached_tokens=2, logprobs=[of_token], prompt_logprobs=of_prompt)
         deliver([11], "refused", message="The grammar allows no token.", param="guided_grammar", logprobs=[of_token])
@@ -213,9 +215,9 @@ async def test_what_a_generation_is_asked_to_do_reaches_the_engine_whole(
         priority=-3,
         cache_salt="salt",
     )
-    sent = unpack(pack(Submission(1, "r", [1, 2, 3], sampling)), Submission)
+    sent = unpack(pack(Submission(1, [1, 2, 3], sampling, account("r"), "Meter")), Submission)
     async with aclosing(await opened(replica)):
-        replica.submit("s", [sent])
+        replica.submit("s", [sent], [])
         assert engine.submitted == [([1, 2, 3], sampling)]
 
 
@@ -226,10 +228,10 @@ async def test_an_abort_reaches_the_engine_and_drops_what_was_not_sent(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1), submission(2, "q")])
+        replica.submit("s", [submission(1), submission(2, "q")], [])
         engine.generate("r", [10])
         engine.generate("q", [20])
-        replica.abort("s", [1])
+        replica.abort("s", [1], [])
         assert list(engine.alive) == ["q-2"]
         assert (await take(steps)).deltas == [TokenDelta(2, [20])]
         assert replica.load().running == 1
@@ -237,30 +239,30 @@ async def test_an_abort_reaches_the_engine_and_drops_what_was_not_sent(
 
 async def test_an_abort_tells_the_load_at_once(replica: EngineReplica, engine: ScriptedEngine) -> None:
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1)])
+        replica.submit("s", [submission(1)], [])
         engine.generate("r", [10])
         assert (await take(steps)).load.running == 1
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        replica.abort("s", [1])
+        replica.abort("s", [1], [])
         assert (await take(steps)).load.running == 0
         assert loop.time() - begun < HEARTBEAT_S / 2
 
 
 async def test_aborting_what_has_ended_or_never_was_is_harmless(replica: EngineReplica, engine: ScriptedEngine) -> None:
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1), submission(2, "q")])
+        replica.submit("s", [submission(1), submission(2, "q")], [])
         engine.generate("r", [10], "length")
         await take(steps)
-        replica.abort("s", [1, 99])
-        replica.abort("no such stream", [2])
+        replica.abort("s", [1, 99], [])
+        replica.abort("no such stream", [2], [])
         assert engine.aborted == []
         assert list(engine.alive) == ["q-2"]
 
 
 async def test_closing_a_stream_aborts_its_generations(replica: EngineReplica, engine: ScriptedEngine) -> None:
     steps = await opened(replica)
-    replica.submit("s", [submission(1), submission(2, "q")])
+    replica.submit("s", [submission(1), submission(2, "q")], [])
     engine.generate("q", [20], "length")
     await steps.aclose()
     assert engine.aborted == ["r-1"]
@@ -271,7 +273,7 @@ async def test_cancelling_a_receiver_that_waits_aborts_its_generations(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     steps = await opened(replica)
-    replica.submit("s", [submission(1)])
+    replica.submit("s", [submission(1)], [])
     receiver = asyncio.create_task(take(steps))
     await asyncio.sleep(0)
     receiver.cancel()
@@ -282,9 +284,9 @@ async def test_cancelling_a_receiver_that_waits_aborts_its_generations(
 
 async def test_two_streams_are_isolated(replica: EngineReplica, engine: ScriptedEngine) -> None:
     ours, theirs = await opened(replica, "ours"), await opened(replica, "theirs")
-    replica.submit("ours", [submission(1, "r")])
-    replica.submit("theirs", [submission(1, "q")])
-    replica.abort("theirs", [2])
+    replica.submit("ours", [submission(1, "r")], [])
+    replica.submit("theirs", [submission(1, "q")], [])
+    replica.abort("theirs", [2], [])
     engine.generate("r", [10])
     engine.generate("q", [20])
     assert (await take(ours)).deltas == [TokenDelta(1, [10])]
@@ -302,19 +304,19 @@ async def test_two_streams_are_isolated(replica: EngineReplica, engine: Scripted
 async def test_the_death_of_the_engine_ends_all_streams(replica: EngineReplica, engine: ScriptedEngine) -> None:
     """So that every ingress resumes its generations elsewhere at once."""
     ours, theirs = await opened(replica, "ours"), await opened(replica, "theirs")
-    replica.submit("ours", [submission(1)])
+    replica.submit("ours", [submission(1)], [])
     engine.generate("r", [10])
     engine.on_death()
     assert await rest(ours) == [TokenDelta(1, [10])]
     assert await rest(theirs) == []
-    assert replica.submit("ours", [submission(2)]) == ["stream_unknown"]
+    assert replica.submit("ours", [submission(2)], []) == ["stream_unknown"]
 
 
 async def test_a_failed_health_check_ends_all_streams_and_is_told(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     steps = await opened(replica)
-    replica.submit("s", [submission(1)])
+    replica.submit("s", [submission(1)], [])
     await replica.check_health()
     engine.generate("r", [10])
     assert (await take(steps)).deltas == [TokenDelta(1, [10])]
@@ -329,14 +331,14 @@ async def test_no_stream_is_opened_to_an_unhealthy_engine(replica: EngineReplica
     engine.healthy = False
     with pytest.raises(EngineUnhealthy):
         await anext(replica.steps("s"))
-    assert replica.submit("s", [submission(1)]) == ["stream_unknown"]
+    assert replica.submit("s", [submission(1)], []) == ["stream_unknown"]
 
 
 async def test_shutting_down_ends_the_streams_and_can_be_repeated(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     steps = await opened(replica)
-    replica.submit("s", [submission(1)])
+    replica.submit("s", [submission(1)], [])
     await replica.shutdown()
     assert await rest(steps) == []
     assert engine.aborted == ["r-1"]
@@ -395,9 +397,9 @@ async def test_finished_generations_make_the_drain_rate(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("deployments.engine.replica.time.monotonic", lambda: now)
-    replica = EngineReplica(engine)
+    replica = EngineReplica(engine, Orphanage(lambda *_settled: None))
     async with aclosing(await opened(replica)):
-        replica.submit("s", [submission(1), submission(2, "q"), submission(3, "p")])
+        replica.submit("s", [submission(1), submission(2, "q"), submission(3, "p")], [])
         engine.generate("r", [10], "length")
         engine.generate("q", [20], "stop_token")
         engine.generate("p", [30])

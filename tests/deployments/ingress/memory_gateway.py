@@ -24,7 +24,7 @@ from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, save_le
 from tests.deployments.ingress.memory_meter import USER_KEY, MemoryMeter
 from tests.deployments.ingress.memory_replicas import LIMITS, SETTINGS, MemoryReplica, replicas_of
 
-__all__ = ["BODY_LIMIT_BYTES", "Exchange", "Gateway", "events", "gateway"]
+__all__ = ["BODY_LIMIT_BYTES", "Exchange", "Gateway", "events", "gateway", "meter_client_of"]
 
 BODY_LIMIT_BYTES = 4096
 AUTHORIZED = {"authorization": f"Bearer {USER_KEY}"}
@@ -39,6 +39,7 @@ class Gateway:
     """Of every model the same."""
     client: httpx.AsyncClient
     """With a user's key."""
+    folder: Path
 
     @property
     def pool(self) -> EnginePool:
@@ -69,6 +70,11 @@ class Gateway:
         return settlement
 
 
+def meter_client_of(meter: MemoryMeter, folder: Path, ingress_id: str = "i") -> MeterClient:
+    """With an outbox below `folder`."""
+    return MeterClient([meter], ingress_id=ingress_id, outbox_folder=folder / "outbox", admission_timeout_s=10.0)
+
+
 @asynccontextmanager
 async def gateway(
     folder: Path,
@@ -96,7 +102,7 @@ async def gateway(
             return pool
 
         catalog = Catalog(existing, open_pool)
-        meter_client = MeterClient(meter, admission_timeout_s=10.0)
+        meter_client = meter_client_of(meter, folder)
         await meter_client.start()
         stack.push_async_callback(meter_client.close)
         await catalog.start()
@@ -120,7 +126,7 @@ async def gateway(
         )
         await stack.enter_async_context(client)
         await asyncio.sleep(0.001)
-        yield Gateway(app, meter, catalog, engines, client)
+        yield Gateway(app, meter, catalog, engines, client, folder)
 
 
 class Exchange:

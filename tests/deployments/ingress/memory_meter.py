@@ -12,8 +12,12 @@ from deployments.contracts import (
     AdmissionRefused,
     AdmissionRequest,
     Admitted,
+    DurationSum,
     KeyInfo,
+    MeterCounters,
     Settlement,
+    UsageQuery,
+    UsageRow,
     pack,
     unpack,
 )
@@ -39,6 +43,11 @@ class MemoryMeter:
         self.admissions: list[AdmissionRequest] = []
         self.batches: list[list[Settlement]] = []
         """As `settle` got them, those whose answer was lost included."""
+        self.renewed: list[str] = []
+        """Ids of the ingresses that told of themselves."""
+        self.administered: Callable[[bytes], bytes] = lambda command: command
+        self.used: Callable[[UsageQuery], list[UsageRow]] = lambda _query: []
+        self.counted = MeterCounters([], {}, DurationSum(), DurationSum())
         self.answer: Callable[[AdmissionRequest], Admitted | AdmissionRefused] = self._tokenized
         self._tokenizers = tokenizers or {}
         self._max_model_len = max_model_len
@@ -67,6 +76,21 @@ class MemoryMeter:
     async def settle(self, settlements: bytes) -> None:
         self.batches.append(unpack(settlements, list[Settlement]))
         await self._call("settle")
+
+    async def renew(self, ingress_id: str) -> None:
+        self.renewed.append(ingress_id)
+
+    async def administer(self, command: bytes) -> bytes:
+        await self._call("administer")
+        return self.administered(command)
+
+    async def usage(self, query: bytes) -> bytes:
+        await self._call("usage")
+        return pack(self.used(unpack(query, UsageQuery)))
+
+    async def counters(self) -> bytes:
+        await self._call("counters")
+        return pack(self.counted)
 
     async def ping(self) -> None:
         await self._call("ping")

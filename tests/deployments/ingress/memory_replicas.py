@@ -14,12 +14,14 @@ from deployments.contracts import (
     EngineStep,
     FinishReason,
     Sampling,
+    Settlement,
     Submission,
     SubmissionStatus,
     TokenDelta,
     pack,
     unpack,
 )
+from deployments.engine.orphans import Orphanage
 from deployments.engine.replica import EngineReplica
 from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import Simulator, SimulatorSettings
@@ -67,8 +69,12 @@ class MemoryReplica:
         self.submissions: list[Submission] = []
         self.aborts: list[int] = []
         """Numbers of the generations that were to be aborted."""
+        self.released: list[str] = []
+        """Requests that it was told to forget."""
         self._engine = SimulatedEngine(settings, max_model_len=2048, max_waiting=max_waiting)
-        self._replica = EngineReplica(self._engine)
+        self.orphans: list[tuple[str, Settlement]] = []
+        """What the replica settled itself, with the meter that each was for."""
+        self._replica = EngineReplica(self._engine, Orphanage(lambda *settled: self.orphans.append(settled)))
         self._speaking = asyncio.Event()
         self._speaking.set()
         self._connections: set[asyncio.Queue[bytes | None]] = set()
@@ -124,21 +130,23 @@ class MemoryReplica:
             sender.cancel()
             await asyncio.wait([sender])
 
-    async def submit(self, stream_id: str, submissions: bytes) -> list[SubmissionStatus]:
+    async def submit(self, stream_id: str, submissions: bytes, released: list[str]) -> list[SubmissionStatus]:
         await self._reach()
+        self.released += released
         batch = unpack(submissions, list[Submission])
         if any(submission.token_ids[0] == self.killed_by for submission in batch):
             self.break_streams()
             raise ReplicaLost("broken down")
         self.submissions += batch
-        statuses = self._replica.submit(stream_id, batch)
+        statuses = self._replica.submit(stream_id, batch, released)
         await self._answer()
         return statuses
 
-    async def abort(self, stream_id: str, generations: list[int]) -> None:
+    async def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None:
         await self._reach()
         self.aborts += generations
-        self._replica.abort(stream_id, generations)
+        self.released += released
+        self._replica.abort(stream_id, generations, released)
         await self._answer()
 
     async def _reach(self) -> None:
@@ -199,7 +207,7 @@ class ScriptedReplica:
             yield pack(msgspec.structs.replace(step, sequence=sequence + self.skipped))
             sequence += 1
 
-    async def submit(self, stream_id: str, submissions: bytes) -> list[SubmissionStatus]:
+    async def submit(self, stream_id: str, submissions: bytes, released: list[str]) -> list[SubmissionStatus]:
         await self.taking.wait()
         self.calls.append("submit")
         batch = unpack(submissions, list[Submission])
@@ -208,8 +216,9 @@ class ScriptedReplica:
             raise self.error
         return [self.status] * len(batch)
 
-    async def abort(self, stream_id: str, generations: list[int]) -> None:
-        self.calls.append("abort")
+    async def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None:
+        if generations or not released:
+            self.calls.append("abort")
         self.aborts += generations
         if self.abort_error is not None:
             raise self.abort_error

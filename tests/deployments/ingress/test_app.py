@@ -14,8 +14,8 @@ from structlog.testing import capture_logs
 
 from deployments.contracts import KeyInfo, Sampling
 from deployments.ingress.completion import Completion
-from deployments.ingress.meter_client import MeterUnreachable
 from deployments.ingress.wire import ChoiceDelta
+from deployments.meter.meter_transport import MeterUnreachable
 from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, text_of
 from tests.deployments.ingress.memory_gateway import BODY_LIMIT_BYTES, Exchange, Gateway, gateway
 from tests.deployments.ingress.memory_meter import ADMIN_KEY, USER_KEY
@@ -79,9 +79,14 @@ async def test_a_completion(tmp_path: Path) -> None:
             "usage": usage(5, 16),
         }
         settled = await gate.settlement()
-        assert settled.request_id == response.json()["id"]
-        assert (settled.key_id, settled.model, settled.status) == ("key-user", "m", "finished")
-        assert (settled.prompt_tokens, settled.completion_tokens, settled.choices, settled.resumes) == (5, 16, 1, 0)
+        assert settled.account.request_id == response.json()["id"]
+        assert (settled.account.key_id, settled.account.model, settled.status) == ("key-user", "m", "finished")
+        assert (settled.prompt_tokens, settled.completion_tokens, settled.account.choices, settled.resumes) == (
+            5,
+            16,
+            1,
+            0,
+        )
         assert settled.first_token_s is not None
         assert 0 <= settled.first_token_s <= settled.total_s
 
@@ -116,7 +121,7 @@ def test_several_prompts_and_choices_come_in_order(tmp_path: Path, streamed: boo
                 texts = [choice["text"] for choice in body["choices"]]
             assert texts == expected
             settled = await gate.settlement()
-            assert (settled.prompt_tokens, settled.completion_tokens, settled.choices) == (5, 36, 4)
+            assert (settled.prompt_tokens, settled.completion_tokens, settled.account.choices) == (5, 36, 4)
 
     run_in_virtual_time(scenario())
 
@@ -211,7 +216,7 @@ async def test_a_stream(tmp_path: Path) -> None:
         assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 15 + ["length"]
         assert isinstance(created, int)
         settled = await gate.settlement()
-        assert (settled.request_id, settled.status, settled.completion_tokens) == (id_, "finished", 16)
+        assert (settled.account.request_id, settled.status, settled.completion_tokens) == (id_, "finished", 16)
 
 
 @in_virtual_time
@@ -335,7 +340,7 @@ async def test_a_cluster_that_requires_no_keys_asks_for_none(tmp_path: Path) -> 
         gate.meter.grant("", KeyInfo("anonymous", "anonymous", admin=False))
         del gate.client.headers["authorization"]
         assert (await gate.complete()).status_code == 200
-        assert (await gate.settlement()).key_id == "anonymous"
+        assert (await gate.settlement()).account.key_id == "anonymous"
         assert_error(await gate.client.get("/admin/v1/replicas"), 403, "permission_denied")
 
 
@@ -533,8 +538,8 @@ async def test_an_unexpected_error_before_admission_is_500_without_internals(tmp
         assert_error(response, 500, None)
         assert "secret" not in response.text
         gate.meter.error = None
-        await quiet()
-        assert gate.meter.settlements == []
+        settled = await gate.settlement()  # for the meter may have reserved
+        assert (settled.status, settled.prompt_tokens, settled.completion_tokens) == ("failed", 0, 0)
 
 
 # --- clients that leave --------------------------------------------------------------------------------------------
@@ -568,7 +573,7 @@ async def test_a_client_that_leaves_before_the_answer_frees_the_engine_and_pays_
         assert gate.sequences == 0
         assert exchange.status is None
         settled = await gate.settlement()
-        assert (settled.status, settled.completion_tokens, settled.choices) == ("cancelled", 30, 3)
+        assert (settled.status, settled.completion_tokens, settled.account.choices) == ("cancelled", 30, 3)
 
 
 @in_virtual_time
@@ -616,7 +621,7 @@ async def test_a_request_that_serve_cancels_while_it_is_admitted_gives_its_reser
             await exchange.task
         gate.meter.answering.set()
         settled = await gate.settlement()
-        assert settled.request_id == gate.meter.admissions[0].request_id
+        assert settled.account.request_id == gate.meter.admissions[0].request_id
         assert (settled.status, settled.prompt_tokens, settled.completion_tokens) == ("cancelled", 0, 0)
 
 

@@ -27,9 +27,8 @@ from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import SimulatedOutput, Simulator
 from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.catalog import Infilling
-from deployments.ingress.meter_client import MeterClient
 from tests.deployments.ingress.letter_tokenizer import LETTERS, VOCABULARY_TOKENS
-from tests.deployments.ingress.memory_gateway import AUTHORIZED, BODY_LIMIT_BYTES, Gateway, gateway
+from tests.deployments.ingress.memory_gateway import AUTHORIZED, BODY_LIMIT_BYTES, Gateway, gateway, meter_client_of
 from tests.deployments.ingress.memory_replicas import LIMITS, SETTINGS, MemoryReplica
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
 
@@ -186,7 +185,7 @@ def joined(pieces: list[dict[str, Any]]) -> dict[str, Any]:
 
 async def settled(gate: Gateway) -> tuple[str, int, int, int]:
     settlement = await gate.settlement()
-    return settlement.status, settlement.prompt_tokens, settlement.completion_tokens, settlement.choices
+    return settlement.status, settlement.prompt_tokens, settlement.completion_tokens, settlement.account.choices
 
 
 def assert_refused(response: httpx.Response, param: str | None, words: str, status: int = 400) -> None:
@@ -417,7 +416,7 @@ async def test_what_is_made_to_score_a_prompt_is_not_paid_when_another_prompt_is
     monkeypatch.setattr(SimulatedEngine, "submit", first_refused)
     async with gateway(tmp_path) as gate:
         assert_refused(await gate.complete(prompt=["ab", "xyz"], max_tokens=0, echo=True, logprobs=0), None, "No.")
-        assert await settled(gate) == ("failed", 5, 0, 2)
+        assert await settled(gate) == ("failed", 0, 0, 2)
 
 
 # --- best_of -------------------------------------------------------------------------------------------------------
@@ -700,7 +699,7 @@ async def test_what_the_engine_refuses_at_once_is_400_and_names_the_parameter(
     refuse(monkeypatch, after=0, param=param)
     async with gateway(tmp_path) as gate:
         assert_refused(await gate.complete(stream=stream, n=2), param, "The grammar makes no sense.")
-        assert await settled(gate) == ("failed", 5, 0, 2)
+        assert await settled(gate) == ("failed", 0, 0, 2)
         assert gate.sequences == 0
 
 
@@ -740,7 +739,7 @@ async def test_what_the_engine_refuses_later_is_an_event_in_a_stream(
 @asynccontextmanager
 async def with_deadline(gate: Gateway, deadline_s: float) -> AsyncIterator[Gateway]:
     """`gate` with an app that gives each request so long."""
-    meter = MeterClient(gate.meter, admission_timeout_s=10.0)
+    meter = meter_client_of(gate.meter, gate.folder, "timed")
     await meter.start()
     settings = IngressSettings(BODY_LIMIT_BYTES, keep_alive_s=15.0, request_timeout_s=deadline_s)
     app = build_app(gate.catalog, meter, settings)
@@ -786,7 +785,7 @@ async def test_a_stream_that_has_not_begun_is_504_beyond_the_deadline(tmp_path: 
         await quiet()
         response = await gate.complete(stream=True)
         assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
-        assert await settled(gate) == ("failed", 5, 0, 1)
+        assert await settled(gate) == ("failed", 0, 0, 1)
 
 
 @in_virtual_time

@@ -13,6 +13,7 @@ from deployments.contracts import PromptOptions, RepetitionDetection, Sampling, 
 from deployments.ingress import completion_request
 from deployments.ingress.completion_request import CompletionRequest
 from deployments.ingress.errors import InvalidRequest
+from tests.deployments.accounts import account
 
 PROMPTS = "expected a string, or a non-empty array of strings, of token ids, or of arrays of token ids"
 STOPS = "expected a non-empty string or an array of up to 4 of them"
@@ -232,7 +233,7 @@ TAG = {"type": "structural_tag", "format": {"type": "any_text"}}
 def test_the_form_of_the_output(fields: dict[str, Any], constraint: StructuredOutputs | None) -> None:
     sampling = parse(**fields).sampling(0)
     assert sampling.structured_outputs == constraint
-    pack(Submission(1, "req", [1], sampling))
+    pack(Submission(1, [1], sampling, account("req"), "Meter"))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,9 @@ def test_the_ends_of_each_range_belong_to_it(name: str, values: list[Any]) -> No
     for value in values:
         request = parse(**{name: value})
         assert getattr(request, name) == value
-        pack(Submission(1, "req", [1], request.sampling(127)))  # whatever is accepted fits into a message
+        pack(
+            Submission(1, [1], request.sampling(127), account("req"), "Meter")
+        )  # whatever is accepted fits into a message
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -697,7 +700,7 @@ def test_any_json_is_either_accepted_or_refused_in_our_words(fields: dict[str, A
     except InvalidRequest:
         refused(body)
     else:
-        pack(Submission(1, "req", [1], request.sampling(0)))
+        pack(Submission(1, [1], request.sampling(0), account("req"), "Meter"))
 
 
 @settings(deadline=None)

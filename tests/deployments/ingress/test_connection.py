@@ -287,7 +287,8 @@ def test_a_completion_that_nobody_reads_frees_the_engine_and_is_settled_once(tmp
             await quiet()
             assert gate.sequences == 0
             settled = await gate.settlement()
-            assert settled.status == "cancelled"
+            # A whole answer is settled before it is written, which nobody may live to tell.
+            assert settled.status == ("cancelled" if streamed else "finished")
             # The engine works on while the client is given time, and all that it made is paid for.
             assert settled.completion_tokens == 1000
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from deployments.ingress.dialect import D0, D1, D2, D3, DIALECTS, Dialect
-from deployments.ingress.meter_client import MeterUnreachable
+from deployments.meter.meter_transport import MeterUnreachable
 from tests.deployments.ingress.memory_gateway import BODY_LIMIT_BYTES, Gateway, events, gateway
 from tests.deployments.ingress.memory_meter import USER_KEY
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, run_in_virtual_time

@@ -16,6 +16,7 @@ from deployments.ingress import engine_pool
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.errors import ApiError, InternalError, ModelNotReady, Overloaded
 from deployments.ingress.generation import Generation, Mailbox
+from tests.deployments.accounts import account
 from tests.deployments.ingress.memory_replicas import (
     LIMITS,
     SETTINGS,
@@ -49,7 +50,9 @@ class Request:
 
     def __post_init__(self) -> None:
         self.mailbox = Mailbox()
-        self.generation = Generation(f"req-{next(_request_numbers)}", 0, self.prompt, self.sampling, self.mailbox)
+        self.generation = Generation(
+            account(f"req-{next(_request_numbers)}"), "Meter", 0, self.prompt, self.sampling, self.mailbox
+        )
 
     async def receive(self) -> None:
         for _candidate, delta, error in await self.mailbox.take():
@@ -322,7 +325,7 @@ def test_generations_of_a_lost_replica_go_on_elsewhere_without_a_token_lost_or_r
             moved = [request for request in requests if request.generation.resumes]
             assert len(moved) == 4
             resumed = [s for s in [*replicas["r0"].submissions, *replicas["r2"].submissions] if s.resumed]
-            assert sorted(s.request_id for s in resumed) == sorted(r.generation.request_id for r in moved)
+            assert sorted(s.account.request_id for s in resumed) == sorted(r.generation.request_id for r in moved)
             assert all(len(s.token_ids) + s.sampling.max_tokens == 1 + 50 for s in resumed)
             assert rotation(pool) == ["r0", "r2"]
             watcher.cancel()

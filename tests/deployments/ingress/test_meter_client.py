@@ -5,27 +5,43 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import msgspec
 import pytest
 
-from deployments.contracts import AdmissionRefused, AdmissionRequest, Admitted, KeyInfo, Settlement
+from deployments.contracts import AdmissionRefused, AdmissionRequest, Admitted, KeyInfo, RateLimits, Settlement
 from deployments.ingress import meter_client
-from deployments.ingress.errors import ApiError, InvalidApiKey, InvalidRequest, ModelNotFound, ServiceUnavailable
-from deployments.ingress.meter_client import MeterClient, MeterUnreachable
+from deployments.ingress.errors import (
+    ApiError,
+    InsufficientQuota,
+    InvalidApiKey,
+    InvalidRequest,
+    ModelNotAllowed,
+    ModelNotFound,
+    RateLimitExceeded,
+    ServiceUnavailable,
+)
+from deployments.ingress.meter_client import MeterClient
+from deployments.meter.meter_transport import MeterUnreachable
+from tests.deployments import accounts
+from tests.deployments.ingress.memory_gateway import meter_client_of
 from tests.deployments.ingress.memory_meter import USER_KEY, MemoryMeter
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
 
 
 @asynccontextmanager
 async def started(meter: MemoryMeter) -> AsyncIterator[MeterClient]:
-    client = MeterClient(meter, admission_timeout_s=10.0)
-    await client.start()
-    try:
-        yield client
-    finally:
-        meter.error = None
-        meter.answering.set()
-        await client.close()
+    with TemporaryDirectory() as folder:
+        client = meter_client_of(meter, Path(folder))
+        await client.start()
+        try:
+            yield client
+        finally:
+            meter.error = None
+            meter.answering.set()
+            await client.close()
 
 
 def request(number: int = 0) -> AdmissionRequest:
@@ -33,20 +49,7 @@ def request(number: int = 0) -> AdmissionRequest:
 
 
 def settlement(number: int) -> Settlement:
-    return Settlement(
-        request_id=f"cmpl-{number}",
-        key_id="key",
-        model="m",
-        status="finished",
-        prompt_tokens=1,
-        cached_tokens=0,
-        completion_tokens=number,
-        choices=1,
-        resumes=0,
-        started_at=0.0,
-        first_token_s=None,
-        total_s=1.0,
-    )
+    return accounts.settlement(f"cmpl-{number}", number)
 
 
 def now() -> float:
@@ -57,12 +60,12 @@ def now() -> float:
 
 
 @in_virtual_time
-async def test_a_key_is_looked_up_once_in_five_seconds() -> None:
+async def test_a_key_is_looked_up_once_in_two_seconds() -> None:
     meter = MemoryMeter()
     async with started(meter) as client:
         for _ in range(3):
             assert await client.authenticate(USER_KEY) == KeyInfo("key-user", "user", admin=False)
-        await asyncio.sleep(4.9)
+        await asyncio.sleep(1.9)
         await client.authenticate(USER_KEY)
         assert meter.calls == ["authenticate"]
         await asyncio.sleep(0.2)
@@ -71,12 +74,12 @@ async def test_a_key_is_looked_up_once_in_five_seconds() -> None:
 
 
 @in_virtual_time
-async def test_a_revoked_key_is_refused_within_five_seconds() -> None:
+async def test_a_key_that_the_meter_revoked_is_refused_within_two_seconds() -> None:
     meter = MemoryMeter()
     async with started(meter) as client:
         await client.authenticate(USER_KEY)
         meter.revoke(USER_KEY)
-        await asyncio.sleep(5.0)
+        await asyncio.sleep(2.0)
         with pytest.raises(InvalidApiKey):
             await client.authenticate(USER_KEY)
 
@@ -119,7 +122,7 @@ async def test_admission_gives_the_token_ids() -> None:
     meter.answer = lambda _request: Admitted([[1, 2, 3]])
     async with started(meter) as client:
         assert await client.admit(request()) == Admitted([[1, 2, 3]])
-        assert meter.admissions == [request()]
+        assert meter.admissions == [msgspec.structs.replace(request(), ingress_id="i")]
 
 
 @in_virtual_time
@@ -136,6 +139,30 @@ async def test_an_admission_waits_for_the_meter_to_return() -> None:
         assert now() < 9.1
         assert len(meter.calls) < 20
         assert {admission.request_id for admission in meter.admissions} == {"cmpl-0"}
+
+
+@in_virtual_time
+async def test_an_admission_that_cannot_be_decided_is_asked_for_again_and_holds_up_no_other() -> None:
+    meter = MemoryMeter()
+    undecided = 5
+
+    def decide(asked: AdmissionRequest) -> Admitted | AdmissionRefused:
+        nonlocal undecided
+        if asked.request_id == "cmpl-1" and undecided:
+            undecided -= 1
+            return AdmissionRefused("unavailable", "secret")
+        return Admitted([[1]])
+
+    meter.answer = decide
+    async with started(meter) as client:
+        waiting = asyncio.create_task(client.admit(request(1)))
+        assert await client.admit(request(2)) == Admitted([[1]])
+        assert not waiting.done()
+        assert await waiting == Admitted([[1]])
+        undecided = 1000
+        with pytest.raises(ServiceUnavailable) as refused:
+            await client.admit(request(1))
+        assert "secret" not in refused.value.message
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -171,6 +198,10 @@ def test_an_admission_is_refused_when_the_meter_stays_away(hangs: bool) -> None:
             "context_length_exceeded",
         ),
         (AdmissionRefused("empty_prompt", "no", "prompt"), InvalidRequest, 400, "prompt", "empty_prompt"),
+        (AdmissionRefused("invalid_api_key", "no"), InvalidApiKey, 401, None, "invalid_api_key"),
+        (AdmissionRefused("model_not_allowed", "no"), ModelNotAllowed, 403, "model", "model_not_allowed"),
+        (AdmissionRefused("rate_limit_exceeded", "no"), RateLimitExceeded, 429, None, "rate_limit_exceeded"),
+        (AdmissionRefused("insufficient_quota", "no"), InsufficientQuota, 429, None, "insufficient_quota"),
         (
             AdmissionRefused("token_out_of_vocabulary", "no", "prompt"),
             InvalidRequest,
@@ -182,7 +213,7 @@ def test_an_admission_is_refused_when_the_meter_stays_away(hangs: bool) -> None:
     ids=lambda value: value.code if isinstance(value, AdmissionRefused) else "",
 )
 def test_a_refusal_is_raised_as_what_the_client_sees(
-    refusal: AdmissionRefused, kind: type[ApiError], status: int, param: str, code: str
+    refusal: AdmissionRefused, kind: type[ApiError], status: int, param: str | None, code: str
 ) -> None:
     @in_virtual_time
     async def scenario() -> None:
@@ -195,6 +226,32 @@ def test_a_refusal_is_raised_as_what_the_client_sees(
         assert (error.status, error.message, error.param, error.code) == (status, "no", param, code)
 
     scenario()
+
+
+@in_virtual_time
+async def test_a_limited_caller_is_told_when_to_come_back_and_what_is_left() -> None:
+    meter = MemoryMeter()
+    limits = RateLimits(limit_tokens=100, remaining_tokens=7, reset_tokens_s=61.5)
+    meter.answer = lambda _request: AdmissionRefused("rate_limit_exceeded", "no", None, 12.3, limits)
+    async with started(meter) as client:
+        with pytest.raises(RateLimitExceeded) as refused:
+            await client.admit(request())
+    assert refused.value.headers() == {
+        "retry-after": "13",
+        "x-ratelimit-limit-tokens": "100",
+        "x-ratelimit-remaining-tokens": "7",
+        "x-ratelimit-reset-tokens": "1m1.5s",
+    }
+
+
+@in_virtual_time
+async def test_a_caller_whose_request_never_fits_is_told_not_to_retry() -> None:
+    meter = MemoryMeter()
+    meter.answer = lambda _request: AdmissionRefused("rate_limit_exceeded", "no")
+    async with started(meter) as client:
+        with pytest.raises(RateLimitExceeded) as refused:
+            await client.admit(request())
+    assert refused.value.headers() == {"x-should-retry": "false"}
 
 
 # --- settlements ---------------------------------------------------------------------------------------------------
@@ -270,23 +327,51 @@ async def test_a_settlement_without_an_answer_is_sent_again() -> None:
 
 
 @in_virtual_time
-async def test_a_full_outbox_refuses_admissions_until_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter_client, "_OUTBOX_SIZE", 2)
+async def test_a_full_outbox_is_told_until_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter_client, "OUTBOX_SIZE", 2)
     meter = MemoryMeter()
-    meter.answer = lambda _request: Admitted([[1]])
     async with started(meter) as client:
         meter.error = MeterUnreachable("gone")
         client.settle(settlement(1))
+        assert not client.full
         client.settle(settlement(2))
-        with pytest.raises(ServiceUnavailable) as refused:
-            await client.admit(request())
-        assert refused.value.retry_after_s == 5.0
-        assert meter.admissions == []
+        assert client.full
         client.settle(settlement(3))  # what was admitted before is recorded nevertheless
         meter.error = None
         await asyncio.sleep(2)
-        assert await client.admit(request()) == Admitted([[1]])
+        assert not client.full
         assert meter.batches[-1] == [settlement(1), settlement(2), settlement(3)]
+
+
+@in_virtual_time
+async def test_an_ingress_tells_its_meter_every_few_seconds_that_it_lives() -> None:
+    meter = MemoryMeter()
+    async with started(meter):
+        await asyncio.sleep(60)
+        assert 11 <= len(meter.renewed) <= 14
+        assert set(meter.renewed) == {"i"}
+
+
+@in_virtual_time
+async def test_each_owner_has_a_meter_of_its_own(tmp_path: Path) -> None:
+    meters = [MemoryMeter() for _ in range(3)]
+    for meter in meters:
+        meter.answer = lambda _request: Admitted([[1]])
+    client = MeterClient(meters, ingress_id="i", outbox_folder=tmp_path, admission_timeout_s=10.0)
+    await client.start()
+    for number in range(60):
+        key_id, team = f"key-{number}", f"team-{number % 5}" if number % 2 else None
+        asked = AdmissionRequest(f"cmpl-{number}", key_id, "m", ["hello"], max_tokens=4, choices=1, team=team)
+        await client.admit(asked)
+        client.settle(accounts.settlement("", account=accounts.account(f"cmpl-{number}", key_id=key_id, team=team)))
+    await quiet()
+    for meter in meters:
+        admitted = {admission.request_id for admission in meter.admissions}
+        assert admitted == {settled.account.request_id for settled in meter.settlements}
+        assert 10 < len(admitted) < 35
+        others = {each.team for other in meters if other is not meter for each in other.admissions}
+        assert others.isdisjoint({admission.team for admission in meter.admissions} - {None})
+    await client.close()
 
 
 @in_virtual_time
@@ -306,10 +391,10 @@ async def test_close_waits_for_the_outbox_to_empty() -> None:
 
 
 @in_virtual_time
-async def test_close_gives_up_after_a_bounded_time() -> None:
+async def test_close_gives_up_after_a_bounded_time(tmp_path: Path) -> None:
     meter = MemoryMeter()
     meter.error = MeterUnreachable("gone")
-    client = MeterClient(meter, admission_timeout_s=10.0)
+    client = meter_client_of(meter, tmp_path)
     await client.start()
     client.settle(settlement(1))
     await client.close()
@@ -317,9 +402,9 @@ async def test_close_gives_up_after_a_bounded_time() -> None:
 
 
 @in_virtual_time
-async def test_close_is_safe_twice_and_before_start() -> None:
-    client = MeterClient(MemoryMeter(), admission_timeout_s=10.0)
-    await client.close()
+async def test_close_is_safe_twice_and_before_start(tmp_path: Path) -> None:
+    await meter_client_of(MemoryMeter(), tmp_path).close()
+    client = meter_client_of(MemoryMeter(), tmp_path)
     await client.start()
     await client.close()
     await client.close()

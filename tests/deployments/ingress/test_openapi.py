@@ -11,13 +11,15 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from deployments.ingress.administration import CreateKeyRequest, TeamRequest, UpdateKeyRequest
 from deployments.ingress.dialect import D0, D1, D2, D3, DIALECTS
-from deployments.ingress.errors import ApiError, InvalidRequest, MethodNotAllowed
+from deployments.ingress.errors import ApiError, Conflict, InvalidRequest, MethodNotAllowed
 from deployments.ingress.json_schemas import Json, completion_schema, schemas_of
 from deployments.ingress.openapi import openapi_document
 from deployments.ingress.openapi_answers import error_classes
 from deployments.ingress.request_body import parse_body
 from deployments.ingress.tokenization import DetokenizeRequest, TokenizeRequest
+from tests.deployments.ingress.memory_administration import USER, administration, record_hour
 from tests.deployments.ingress.memory_gateway import events, gateway
 from tests.deployments.ingress.memory_meter import ADMIN_KEY, USER_KEY
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
@@ -26,7 +28,11 @@ DOCUMENT = openapi_document()
 ENDPOINTS = {
     *("POST /v1/completions", "POST /openai/v1/completions", "POST /api/v1/compatibility/openai/v1/completions"),
     *("GET /v1/models", "GET /v1/models/{model}", "POST /tokenize", "POST /detokenize"),
-    *("GET /admin/v1/replicas", "GET /healthz", "GET /readyz"),
+    *("GET /v1/usage", "GET /v1/organization/usage/completions"),
+    *("GET /admin/v1/keys", "POST /admin/v1/keys", "POST /admin/v1/keys/{key_id}/rotate"),
+    *("GET /admin/v1/keys/{key_id}", "PATCH /admin/v1/keys/{key_id}", "DELETE /admin/v1/keys/{key_id}"),
+    *("GET /admin/v1/teams", "PUT /admin/v1/teams/{name}", "DELETE /admin/v1/teams/{name}"),
+    *("GET /admin/v1/replicas", "GET /metrics", "GET /healthz", "GET /readyz"),
     *("GET /openapi.json", "GET /openai/schemas/Completion.json", "GET /docs"),
 }
 
@@ -100,7 +106,8 @@ def test_keys_and_where_they_are_sent() -> None:
 def test_every_error_that_a_client_can_see_is_documented() -> None:
     completions = operation("POST", D3.path)["responses"]
     for kind in error_classes():
-        if kind is not MethodNotAllowed:  # never of an operation that there is
+        # Never of an operation that there is, and of keys only.
+        if kind not in (MethodNotAllowed, Conflict):
             assert str(kind.status) in completions, kind
     assert {"401", "403", "404", "408", "413", "415", "429", "500", "503", "504"} < completions.keys()
     assert ("422" in completions, "400" in completions) == (True, True)
@@ -123,6 +130,21 @@ def test_a_limited_key_is_told_when_to_come_back() -> None:
     } < headers.keys()
 
 
+def test_administration_is_for_the_admin_key() -> None:
+    taking_it = {
+        path
+        for path, methods in DOCUMENT["paths"].items()
+        for each in methods.values()
+        if each.get("security") == [{"AdminKey": []}]
+    }
+    assert taking_it == {
+        path for path in DOCUMENT["paths"] if path.startswith(("/admin/", "/metrics", "/v1/organization/"))
+    }
+    for path in taking_it:
+        for each in DOCUMENT["paths"][path].values():
+            assert "403" in each["responses"]
+
+
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
 def test_the_examples_of_completions_are_valid(dialect: Any) -> None:
     content = operation("POST", dialect.path)["requestBody"]["content"]["application/json"]
@@ -132,9 +154,19 @@ def test_the_examples_of_completions_are_valid(dialect: Any) -> None:
         validator(content["schema"]).validate(example["value"])
 
 
-@pytest.mark.parametrize(("path", "model"), [("/tokenize", TokenizeRequest), ("/detokenize", DetokenizeRequest)])
-def test_the_examples_of_tokens_are_valid(path: str, model: Any) -> None:
-    content = operation("POST", path)["requestBody"]["content"]["application/json"]
+@pytest.mark.parametrize(
+    ("method", "path", "model"),
+    [
+        ("POST", "/tokenize", TokenizeRequest),
+        ("POST", "/detokenize", DetokenizeRequest),
+        ("POST", "/admin/v1/keys", CreateKeyRequest),
+        ("PATCH", "/admin/v1/keys/{key_id}", UpdateKeyRequest),
+        ("PUT", "/admin/v1/teams/{name}", TeamRequest),
+    ],
+)
+def test_the_examples_of_other_bodies_are_valid(method: str, path: str, model: Any) -> None:
+    content = operation(method, path)["requestBody"]["content"]["application/json"]
+    assert content["examples"]
     for example in content["examples"].values():
         assert parse_body(json.dumps(example["value"]).encode(), model)
         validator(content["schema"]).validate(example["value"])
@@ -235,7 +267,8 @@ async def test_all_other_answers_are_as_documented(tmp_path: Path) -> None:
             assert_documented(response, path)
         assert_documented(await gate.client.get("/v1/models/m"), "/v1/models/{model}")
         admin = {"authorization": f"Bearer {ADMIN_KEY}"}
-        assert_documented(await gate.client.get("/admin/v1/replicas", headers=admin), "/admin/v1/replicas")
+        for path in ("/admin/v1/replicas", "/metrics"):
+            assert_documented(await gate.client.get(path, headers=admin), path)
         for path, body in (("/tokenize", {"prompt": "a", "return_token_strs": True}), ("/detokenize", {"tokens": [2]})):
             assert_documented(await gate.client.post(path, json=body), path)
         gate.pool.replicas_changed(frozenset())
@@ -257,3 +290,42 @@ async def test_errors_are_as_documented(tmp_path: Path) -> None:
                 assert_documented(await gate.client.post(path, content=b"{}", headers=headers), path)
         assert_documented(await gate.client.get("/v1/models/x"), "/v1/models/{model}")
         assert_documented(await gate.client.get("/admin/v1/replicas"), "/admin/v1/replicas")
+
+
+async def test_keys_and_teams_are_as_documented(tmp_path: Path) -> None:
+    keys, key, rotate = "/admin/v1/keys", "/admin/v1/keys/{key_id}", "/admin/v1/keys/{key_id}/rotate"
+    teams, team = "/admin/v1/teams", "/admin/v1/teams/{name}"
+    async with administration(tmp_path) as admin:
+        body = {"name": "k", "limits": {"money_per_day": 1}, "models": ["m"], "expires_at": 4_000_000_000}
+        made = await admin.client.post(keys, json=body)
+        key_id = made.json()["id"]
+        for path, response in (
+            (keys, made),
+            (keys, await admin.client.post(keys, json={})),
+            (keys, await admin.client.get(keys)),
+            (keys, await admin.client.get(keys, params={"team": "/"})),
+            (keys, await admin.client.get(keys, headers=USER)),
+            (key, await admin.client.get(f"{keys}/{key_id}")),
+            (key, await admin.client.get(f"{keys}/none")),
+            (key, await admin.client.patch(f"{keys}/{key_id}", json={"name": "n"})),
+            (rotate, await admin.client.post(f"{keys}/{key_id}/rotate")),
+            (key, await admin.client.delete(f"{keys}/{key_id}")),
+            (key, await admin.client.patch(f"{keys}/{key_id}", json={"name": "n"})),
+            (rotate, await admin.client.post(f"{keys}/{key_id}/rotate")),
+            (team, await admin.client.put(f"{teams}/t", json={"limits": {"concurrency": 1}})),
+            (team, await admin.client.put(f"{teams}/a b", json={})),
+            (teams, await admin.client.get(teams)),
+            (team, await admin.client.delete(f"{teams}/t")),
+            (team, await admin.client.delete(f"{teams}/t")),
+        ):
+            assert_documented(response, path)
+
+
+async def test_usage_is_as_documented(tmp_path: Path) -> None:
+    own, everybodys = "/v1/usage", "/v1/organization/usage/completions"
+    async with administration(tmp_path) as admin:
+        record_hour(admin.engine, 3600)
+        for query in ("since=0", "since=0&by=model,dialect,status,day&until=86400", "since=x"):
+            assert_documented(await admin.client.get(f"{own}?{query}", headers=USER), own)
+        for query in ("start_time=0", "start_time=0&group_by=model,api_key_id,project_id", "start_time=x"):
+            assert_documented(await admin.client.get(f"{everybodys}?{query}"), everybodys)

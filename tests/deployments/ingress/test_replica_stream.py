@@ -12,6 +12,7 @@ from deployments.contracts import EngineLoad, PositionLogprobs, Sampling, TokenD
 from deployments.engine.step_outbox import HEARTBEAT_S
 from deployments.ingress.generation import Generation, Mailbox, News
 from deployments.ingress.replica_stream import SILENCE_LIMIT_S, ReplicaLost, ReplicaStream
+from tests.deployments.accounts import account
 from tests.deployments.ingress.memory_replicas import ScriptedReplica
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
 
@@ -41,7 +42,7 @@ async def running(replica: ScriptedReplica) -> AsyncIterator[Owner]:
 
 
 def generation() -> Generation:
-    return Generation("req", 0, [1, 2], Sampling(max_tokens=5), Mailbox())
+    return Generation(account("req"), "Meter", 0, [1, 2], Sampling(max_tokens=5), Mailbox())
 
 
 def now() -> float:
@@ -151,7 +152,9 @@ async def test_everything_that_a_delta_tells_reaches_the_mailbox_of_its_generati
     replica = ScriptedReplica()
     async with running(replica) as owner:
         mailbox = Mailbox()
-        first = Generation("req", 3, [1, 2], Sampling(max_tokens=5, logprobs=1, prompt_logprobs=0), mailbox)
+        first = Generation(
+            account("req"), "Meter", 3, [1, 2], Sampling(max_tokens=5, logprobs=1, prompt_logprobs=0), mailbox
+        )
         await owner.stream.submit([first])
         told = TokenDelta(
             1,
@@ -332,8 +335,10 @@ async def test_tokens_may_arrive_before_the_answer_to_the_submission() -> None:
 @in_virtual_time
 async def test_an_answer_of_the_wrong_length_fails_what_was_submitted() -> None:
     class Miscounting(ScriptedReplica):
-        async def submit(self, stream_id: str, submissions: bytes) -> list[object]:  # type: ignore[override]
-            return [*await super().submit(stream_id, submissions), "accepted"]
+        async def submit(  # type: ignore[override]
+            self, stream_id: str, submissions: bytes, released: list[str]
+        ) -> list[object]:
+            return [*await super().submit(stream_id, submissions, released), "accepted"]
 
     replica = Miscounting()
     async with running(replica) as owner:

@@ -2,100 +2,171 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deployments.contracts import (
+    AdministrationAnswer,
     AdmissionRequest,
     Admitted,
+    CreateKey,
+    KeyDraft,
     KeyInfo,
-    Settlement,
+    MeterCounters,
+    UsageQuery,
+    UsageRow,
     pack,
     unpack,
     unpack_admissions,
 )
+from deployments.meter import deployment
 from deployments.meter.deployment import MeterDeployment
 from deployments.meter.errors import AdminKeyError, MeterClosed
 from deployments.meter.keys import ADMIN_KEY_VARIABLE, key_digest
-from deployments.meter.ledger import Ledger
+from tests.deployments.meter.running_meter import settlement
 from tests.deployments.meter.tiny_tokenizer import save_tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
-def no_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_traces_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ADMIN_KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(deployment, "configure_logging", lambda: None)  # is of a whole process
 
 
-def deploy(home: Path, *, require_keys: bool = True) -> MeterDeployment:
-    return MeterDeployment(str(home), f"sqlite:///{home}/ledger.db", require_keys)
+def deploy(home: Path, *, require_keys: bool = True, **more: Any) -> MeterDeployment:
+    return MeterDeployment(str(home), f"sqlite:///{home}/ledger.db", require_keys, **more)
 
 
-async def stop(deployment: MeterDeployment) -> None:
+async def configure(meter: MeterDeployment, folder: Path) -> None:
+    described = {
+        "name": "tiny",
+        "folder": str(folder),
+        "max_model_len": 64,
+        "prompt_price": 1e6,
+        "completion_price": 2e6,
+    }
+    await meter.reconfigure({"models": [described]})
+
+
+async def stop(meter: MeterDeployment) -> None:
     """As Serve's replica does."""
-    closing = deployment.__del__()
+    closing = meter.__del__()
     assert closing is not None
     await closing
 
 
+async def usage(meter: MeterDeployment) -> list[UsageRow]:
+    return unpack(await meter.usage(pack(UsageQuery(since=0.0, by=("key",)))), list[UsageRow])
+
+
 async def test_one_request_from_its_key_to_its_row(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    folder = save_tiny_tokenizer(tmp_path / "tiny")
     meter = deploy(home)
-    await meter.reconfigure({"models": [{"name": "tiny", "folder": str(folder), "max_model_len": 64}]})
+    await configure(meter, save_tiny_tokenizer(tmp_path / "tiny"))
     await meter.ping()
     await meter.check_health()
 
-    key = (home / "admin.key").read_text().strip()
-    info = unpack(await meter.authenticate(key_digest(key)), KeyInfo)
-    assert info == KeyInfo(key_id="admin", name="admin", admin=True)
+    admin_key = (home / "admin.key").read_text().strip()
+    assert unpack(await meter.authenticate(key_digest(admin_key)), KeyInfo) == KeyInfo("admin", "admin", admin=True)
     assert await meter.authenticate(key_digest("sk-ms-wrong")) == b""
 
-    request = AdmissionRequest("cmpl-1", info.key_id, "tiny", ["the mill", [1, 2]], max_tokens=4, choices=1)
+    made = unpack(await meter.administer(pack(CreateKey(KeyDraft("ci", team="mill")))), AdministrationAnswer)
+    assert made.secret is not None
+    info = unpack(await meter.authenticate(key_digest(made.secret)), KeyInfo)
+    assert info == KeyInfo(made.keys[0].id, "ci", admin=False, team="mill")
+
+    request = AdmissionRequest("cmpl-1", info.key_id, "tiny", ["the mill", [1, 2]], 4, 1, team="mill", ingress_id="i-1")
     [answer] = unpack_admissions(await meter.admit(pack([request])))
     assert isinstance(answer, Admitted)
     assert answer.token_ids[1] == [1, 2]
+    assert abs(answer.admitted_at - time.time()) < 60.0
+    await meter.renew("i-1")
 
-    row = Settlement(
-        request_id="cmpl-1",
-        key_id=info.key_id,
-        model="tiny",
-        status="finished",
-        prompt_tokens=4,
-        cached_tokens=0,
-        completion_tokens=8,
-        choices=2,
-        resumes=0,
-        started_at=time.time(),
-        first_token_s=0.1,
-        total_s=0.2,
-    )
+    row = settlement(request, answer, completion_tokens=8)
     await meter.settle(pack([row]))
     await meter.settle(pack([row]))
+    prompt_tokens = sum(map(len, answer.token_ids))
+    [used] = await usage(meter)
+    assert used == UsageRow(1, prompt_tokens, 0, 8, prompt_tokens + 16.0, key=info.key_id)
+    counted = unpack(await meter.counters(), MeterCounters)
+    assert [(each.team, each.requests, each.completion_tokens) for each in counted.requests] == [("mill", 1, 8)]
+    assert (counted.wrong_keys, counted.open_reservations, counted.admissions.count) == (1, 0, 1)
     await stop(meter)
-
     with pytest.raises(MeterClosed):
         await meter.check_health()
-    ledger = Ledger(f"sqlite:///{home}/ledger.db")
-    assert await ledger.totals() == (1, 4, 0, 8)
-    await ledger.close()
+    with pytest.raises(MeterClosed):
+        await meter.settle(pack([row]))
+
+
+async def test_a_change_of_models_keeps_what_is_reserved(tmp_path: Path) -> None:
+    meter = deploy(tmp_path)
+    await configure(meter, save_tiny_tokenizer(tmp_path / "tiny"))
+    await meter.admit(pack([AdmissionRequest("cmpl-1", "admin", "tiny", [[1]], 4, 1)]))
+    await meter.reconfigure({"models": []})
+    assert unpack(await meter.counters(), MeterCounters).open_reservations == 1
+    await stop(meter)
 
 
 async def test_without_required_keys_no_key_is_made_and_everyone_is_anonymous(tmp_path: Path) -> None:
     meter = deploy(tmp_path, require_keys=False)
+    await configure(meter, tmp_path)
     info = unpack(await meter.authenticate(b"anything"), KeyInfo)
     assert info == KeyInfo(key_id="anonymous", name="anonymous", admin=False)
     assert not (tmp_path / "admin.key").exists()
     await stop(meter)
 
 
+async def test_a_successor_waits_until_its_predecessor_has_let_go(tmp_path: Path) -> None:
+    """Two processes that decide on the same limits would admit twice as much."""
+    folder = save_tiny_tokenizer(tmp_path / "tiny")
+    first, second, other = deploy(tmp_path), deploy(tmp_path), deploy(tmp_path, shard=1, shards=2)
+    await configure(first, folder)
+    await configure(other, folder)
+    await first.admit(pack([AdmissionRequest("cmpl-1", "admin", "tiny", [[1]], 4, 1)]))
+    starting = asyncio.create_task(configure(second, folder))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(starting), 0.3)
+    with pytest.raises(MeterClosed):
+        await second.counters()
+    await second.check_health()
+    await stop(first)
+    await starting
+    assert unpack(await second.counters(), MeterCounters).open_reservations == 1
+    await stop(second)
+    await stop(other)
+
+
+async def test_the_first_meter_takes_what_meters_that_are_no_more_have_left(tmp_path: Path) -> None:
+    folder = save_tiny_tokenizer(tmp_path / "tiny")
+    gone = MeterDeployment(str(tmp_path), f"sqlite:///{tmp_path}/away/ledger.db", True, shard=1, shards=2)
+    await configure(gone, folder)
+    request = AdmissionRequest("cmpl-1", "admin", "tiny", [[1]], 4, 1)
+    await gone.admit(pack([request, AdmissionRequest("cmpl-2", "admin", "tiny", [[1]], 4, 1)]))
+    await gone.settle(pack([settlement(request)]))
+    assert unpack(await gone.counters(), MeterCounters).spooled == 1
+    await stop(gone)
+
+    meter = deploy(tmp_path)
+    await configure(meter, folder)
+    assert unpack(await meter.counters(), MeterCounters).open_reservations == 1
+    async with asyncio.timeout(10):
+        while not await usage(meter):  # noqa: ASYNC110  # the ledger takes them from the disk by itself
+            await asyncio.sleep(0.01)
+    await stop(meter)
+
+
 async def test_the_garbage_collector_finds_nothing_left_to_close(tmp_path: Path) -> None:
     meter = deploy(tmp_path)
+    await configure(meter, tmp_path)
     await stop(meter)
     assert meter.__del__() is None
     del meter
+    deploy(tmp_path)  # never configured, and so never opened
     gc.collect()  # an abandoned coroutine would be a warning, and so an error
 
 

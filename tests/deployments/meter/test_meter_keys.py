@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import re
@@ -8,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deployments.contracts import KeyInfo
 from deployments.meter.errors import AdminKeyError
-from deployments.meter.keys import ADMIN_KEY_VARIABLE, AnyKey, KeyRing, ensure_admin_key, key_digest
+from deployments.meter.keys import ADMIN_KEY_VARIABLE, ensure_admin_key, key_digest, new_key
 
 ROUNDS = 20
 
@@ -92,16 +92,8 @@ def test_the_environment_overrides_the_file_and_makes_none(tmp_path: Path, monke
     assert os.listdir(tmp_path) == []
 
 
-def test_a_ring_knows_its_keys_by_digest_only() -> None:
-    admin = KeyInfo(key_id="admin", name="admin", admin=True)
-    other = KeyInfo(key_id="other", name="other", admin=False)
-    ring = KeyRing({key_digest("sk-ms-a"): admin, key_digest("sk-ms-b"): other})
-    assert ring.authenticate(key_digest("sk-ms-a")) == admin
-    assert ring.authenticate(key_digest("sk-ms-b")) == other
-    for unknown in (key_digest("sk-ms-c"), b"sk-ms-a", b"", key_digest("sk-ms-a")[:31]):
-        assert ring.authenticate(unknown) is None
-    assert KeyRing({}).authenticate(b"") is None
-
-
-def test_without_keys_everyone_is_anonymous_and_nobody_admin() -> None:
-    assert AnyKey().authenticate(b"anything") == KeyInfo(key_id="anonymous", name="anonymous", admin=False)
+def test_keys_are_known_by_their_sha_256_only() -> None:
+    key = new_key()
+    assert re.fullmatch(r"sk-ms-[A-Za-z0-9_-]{43}", key)
+    assert new_key() != key
+    assert key_digest(key) == hashlib.sha256(key.encode()).digest()

@@ -1,0 +1,1 @@
+"""One file for each step; once released, none is changed."""

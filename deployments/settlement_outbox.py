@@ -1,0 +1,234 @@
+"""Settlements that no meter has acknowledged yet: kept through the death of a meter, and of the process that has them.
+
+Each process that witnesses what requests use, ingress or engine replica, has one outbox: a dictionary, and beside it a
+file to which each settlement is appended before anybody is told that its request has ended. The file outlives a process
+that is killed (not a power cut: it is not synced, since the meter syncs milliseconds later), and whoever of the same
+node finds that its owner is gone adopts it. A lock on the file tells that its owner lives; the kernel lets go of it
+when a process dies, however it dies.
+
+What is sent twice is recorded once (deployments/meter/ledger.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from deployments.contracts import Settlement, pack, unpack
+from deployments.record_file import framed, read_records
+
+__all__ = ["OUTBOX_SIZE", "SettlementOutbox"]
+
+log = structlog.get_logger()
+
+OUTBOX_SIZE = 50_000
+"""Settlements that wait, at which nothing more should be admitted."""
+_SEND_AT_ONCE = 1000
+_RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
+_ADOPT_S = 5.0
+_COMPACT_BYTES = 4 * 2**20
+_SUFFIX = ".outbox"
+
+
+class _Entry(msgspec.Struct, frozen=True, array_like=True):
+    """One record of the file."""
+
+    meter: str
+    settlement: Settlement
+
+
+class _Waiting(NamedTuple):
+    settlement: Settlement
+    acknowledged: Callable[[], None] | None
+
+
+class SettlementOutbox:
+    """Sends to each meter apart, so that one that is away holds up no other's. For use on one event loop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        send: Callable[[str, list[Settlement]], Awaitable[None]],
+        *,
+        call_limit_s: float = 10.0,
+    ) -> None:
+        """`folder` is shared by the processes of a node, made if missing; `name` is this one's. `send(meter,
+        settlements)` makes one attempt; returning is the acknowledgement."""
+        self._folder = folder
+        self._path = folder / f"{name}{_SUFFIX}"
+        self._send = send
+        self._call_limit_s = call_limit_s
+        self._waiting: dict[str, dict[tuple[str, str], _Waiting]] = {}
+        """By meter, then by request and witness."""
+        self._senders: dict[str, asyncio.Task[None]] = {}
+        self._adopter: asyncio.Task[None] | None = None
+        self._emptied = asyncio.Event()
+        self._bytes = 0
+        self._compact_at_bytes = _COMPACT_BYTES
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file = self._open_own()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    # --- in the order in which they happen --------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self._adopter = asyncio.create_task(self._adopt_for_ever(), name="settlements-adopter")
+
+    def put(self, meter: str, settlement: Settlement, acknowledged: Callable[[], None] | None = None) -> None:
+        """Never waits and never fails: from now on the settlement will be recorded, even if this process is killed,
+        unless its disk is full as well. `acknowledged` is called once the meter has it."""
+        try:
+            self._append(pack(_Entry(meter, settlement)))
+        except OSError as error:
+            log.error("settlement only in memory", request=settlement.account.request_id, reason=repr(error))
+        self._queue(meter, settlement, acknowledged)
+
+    async def close(self, limit_s: float = 10.0) -> None:
+        """Give the meters a bounded time to take what waits; what they do not take stays in the file. Safe twice."""
+        if self._adopter is not None:
+            self._adopter.cancel()
+            await asyncio.wait([self._adopter])
+            self._adopter = None
+        try:
+            async with asyncio.timeout(limit_s):
+                while len(self):
+                    self._emptied.clear()
+                    await self._emptied.wait()
+        except TimeoutError:
+            log.error("settlements left to be adopted", count=len(self), file=self._path.name)
+        for sender in self._senders.values():
+            sender.cancel()
+        if self._senders:
+            await asyncio.wait(self._senders.values())
+        self._senders.clear()
+        if self._file >= 0:
+            if not len(self):
+                self._path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+
+    # --- sending ----------------------------------------------------------------------------------------------------
+
+    def _queue(self, meter: str, settlement: Settlement, acknowledged: Callable[[], None] | None) -> None:
+        waiting = self._waiting.setdefault(meter, {})
+        waiting[settlement.account.request_id, settlement.witness] = _Waiting(settlement, acknowledged)
+        sender = self._senders.get(meter)
+        if sender is None or sender.done():
+            self._senders[meter] = asyncio.create_task(self._send_all(meter), name=f"settlements-{meter}")
+
+    async def _send_all(self, meter: str) -> None:
+        waiting = self._waiting[meter]
+        retry_s = _RETRY_FIRST_S
+        while waiting:
+            batch = list(waiting.items())[:_SEND_AT_ONCE]
+            try:
+                async with asyncio.timeout(self._call_limit_s):
+                    await self._send(meter, [each.settlement for _, each in batch])
+            except Exception as error:  # whatever it is: without this task nothing would ever be settled again
+                log.warning("settlements not taken, will retry", meter=meter, count=len(waiting), reason=repr(error))
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, _RETRY_MAX_S)
+                continue
+            retry_s = _RETRY_FIRST_S
+            for key, sent in batch:
+                if waiting.get(key) is sent:  # else it was put again meanwhile
+                    del waiting[key]
+                if sent.acknowledged is not None:
+                    sent.acknowledged()
+            self._shorten()
+
+    # --- the file ---------------------------------------------------------------------------------------------------
+
+    def _open_own(self) -> int:
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+
+    def _append(self, record: bytes) -> None:
+        data = framed([record])
+        written = os.write(self._file, data)
+        if written < len(data):  # a full disk: without its end nothing behind it could be read
+            os.ftruncate(self._file, self._bytes)
+            raise OSError(f"{self._path.name}: only {written} of {len(data)} bytes could be written")
+        self._bytes += written
+
+    def _shorten(self) -> None:
+        if not len(self):
+            os.ftruncate(self._file, 0)
+            self._bytes = 0
+            self._emptied.set()
+        elif self._bytes > self._compact_at_bytes:
+            self._compact()
+            self._compact_at_bytes = 2 * self._bytes + _COMPACT_BYTES
+
+    def _compact(self) -> None:
+        """Only what waits, in a new file that takes the place of the old one."""
+        draft, old = self._path.with_suffix(".draft"), self._file
+        records = [
+            pack(_Entry(meter, each.settlement))
+            for meter, waiting in self._waiting.items()
+            for each in waiting.values()
+        ]
+        draft.write_bytes(framed(records))
+        new = os.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(draft, self._path)
+        self._file = new
+        os.close(old)
+        self._bytes = os.fstat(new).st_size
+
+    # --- adoption ---------------------------------------------------------------------------------------------------
+
+    async def _adopt_for_ever(self) -> None:
+        while True:
+            try:
+                self.adopt()
+            except OSError as error:
+                log.error("outboxes not looked through", reason=repr(error))
+            await asyncio.sleep(_ADOPT_S)
+
+    def adopt(self) -> None:
+        """Take over what processes that are gone have left in the folder."""
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            if path != self._path:
+                self._adopt(path)
+
+    def _adopt(self, path: Path) -> None:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return  # adopted by another
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # its owner lives
+            if not _is_at(file, path):
+                return  # adopted, or rewritten by its owner, since it was opened
+            with open(file, "rb", closefd=False) as reader:
+                records = read_records(reader.read()).records
+            for record in records:
+                entry = unpack(record, _Entry)
+                self.put(entry.meter, entry.settlement)
+            path.unlink()
+            if records:
+                log.info("settlements adopted", file=path.name, count=len(records))
+        finally:
+            os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

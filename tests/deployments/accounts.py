@@ -1,0 +1,28 @@
+"""Accounts and settlements of requests that never ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deployments.contracts import Account, Settlement
+
+__all__ = ["account", "settlement"]
+
+
+def account(request_id: str, **fields: Any) -> Account:
+    """Of a request of one choice and two prompt tokens."""
+    return Account(**{"key_id": "key", "model": "m", "prompt_tokens": 2, "choices": 1, **fields}, request_id=request_id)
+
+
+def settlement(request_id: str, completion_tokens: int = 1, **fields: Any) -> Settlement:
+    """Of a request that its ingress saw finish; `account` may be among the fields."""
+    defaults: dict[str, Any] = {
+        "account": account(request_id),
+        "status": "finished",
+        "prompt_tokens": 2,
+        "cached_tokens": 0,
+        "resumes": 0,
+        "first_token_s": None,
+        "total_s": 1.0,
+    }
+    return Settlement(**{**defaults, **fields}, completion_tokens=completion_tokens)

@@ -1,0 +1,109 @@
+"""Requests whose ingress is gone, or only seemed to be."""
+
+from __future__ import annotations
+
+import asyncio
+
+from deployments.contracts import Sampling, Settlement, Submission
+from deployments.engine.orphans import GRACE_S, Orphanage, Tabs
+from tests.deployments.accounts import account
+from tests.deployments.ingress.virtual_time import in_virtual_time
+
+
+class Settled:
+    def __init__(self) -> None:
+        self.by_request: dict[str, Settlement] = {}
+        self.meters: list[str] = []
+
+    def __call__(self, meter: str, settlement: Settlement) -> None:
+        self.meters.append(meter)
+        self.by_request[settlement.account.request_id] = settlement
+
+
+def submission(request_id: str, choice: int = 0, resumed_tokens: int = 0) -> Submission:
+    return Submission(
+        1,
+        [1, 2],
+        Sampling(max_tokens=9),
+        account(request_id, prompt_tokens=5),
+        "Meter-1",
+        choice=choice,
+        resumed=resumed_tokens > 0,
+        resumed_tokens=resumed_tokens,
+    )
+
+
+def with_tokens(*requests: str) -> Tabs:
+    tabs = Tabs()
+    for request in requests:
+        tabs.open(submission(request)).count(0, 3, 0)
+    return tabs
+
+
+@in_virtual_time
+async def test_an_ingress_that_does_not_come_back_is_settled_for() -> None:
+    settled = Settled()
+    orphanage = Orphanage(settled)
+    orphanage.take("i", with_tokens("a", "b"))
+    await asyncio.sleep(GRACE_S - 0.1)
+    assert settled.meters == []
+    await asyncio.sleep(0.2)
+    assert settled.meters == ["Meter-1", "Meter-1"]
+    assert settled.by_request.keys() == {"a", "b"}
+    one = settled.by_request["a"]
+    assert (one.status, one.witness, one.prompt_tokens, one.completion_tokens, one.parts) == (
+        *("disconnected", "engine", 5, 3),
+        {0: 3},
+    )
+
+
+@in_virtual_time
+async def test_an_ingress_that_comes_back_settles_itself() -> None:
+    settled = Settled()
+    orphanage = Orphanage(settled)
+    orphanage.take("i", with_tokens("a"))
+    orphanage.take("j", with_tokens("b"))
+    await asyncio.sleep(GRACE_S / 2)
+    orphanage.returned("i")
+    await asyncio.sleep(60)
+    assert settled.by_request.keys() == {"b"}
+
+
+@in_virtual_time
+async def test_closing_waits_for_nobody() -> None:
+    settled = Settled()
+    orphanage = Orphanage(settled)
+    orphanage.take("i", with_tokens("a"))
+    orphanage.close()
+    assert settled.by_request.keys() == {"a"}
+    await asyncio.sleep(60)
+    assert len(settled.meters) == 1
+
+
+def test_settled_requests_are_forgotten() -> None:
+    tabs = with_tokens("a", "b")
+    tabs.release(["a", "never heard of"])
+    assert [each.account.request_id for _, each in tabs.settlements()] == ["b"]
+
+
+def test_choices_are_counted_apart_and_from_where_earlier_replicas_left_them() -> None:
+    tabs = Tabs()
+    first = tabs.open(submission("a", choice=0))
+    second = tabs.open(submission("a", choice=3, resumed_tokens=10))
+    assert first is second
+    first.count(0, 2, 4)
+    second.count(3, 1, 0)
+    first.count(0, 2, 0)
+    [(_, settlement)] = tabs.settlements()
+    assert settlement.parts == {0: 4, 3: 11}
+    assert (settlement.completion_tokens, settlement.cached_tokens, settlement.resumes) == (15, 4, 1)
+
+
+def test_what_the_engine_refused_is_not_settled() -> None:
+    tabs = with_tokens("a")
+    tabs.open(submission("b"))
+    tabs.refuse(submission("b"))
+    tabs.open(submission("a", choice=1))
+    tabs.refuse(submission("a", choice=1))
+    [(_, settlement)] = tabs.settlements()
+    assert settlement.parts == {0: 3}

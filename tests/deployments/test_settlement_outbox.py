@@ -1,0 +1,210 @@
+"""Settlements that wait for a meter: sent until acknowledged, and not lost with their process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments import settlement_outbox
+from deployments.contracts import Settlement
+from deployments.settlement_outbox import SettlementOutbox
+from tests.deployments.accounts import settlement
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
+
+
+class Meters:
+    """What was sent, and to whom."""
+
+    def __init__(self) -> None:
+        self.away: set[str] = set()
+        self.taken: list[tuple[str, str]] = []
+        self.tries = 0
+
+    async def send(self, meter: str, settlements: list[Settlement]) -> None:
+        self.tries += 1
+        if meter in self.away:
+            raise ConnectionError(meter)
+        self.taken += [(meter, each.account.request_id) for each in settlements]
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Their sizes in bytes."""
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def abandon(outbox: SettlementOutbox) -> None:
+    """What a process that is killed does: nothing but letting go of its files."""
+    os.close(outbox._file)
+    outbox._file = -1
+
+
+@in_virtual_time
+async def test_a_meter_that_is_away_holds_up_no_other(tmp_path: Path) -> None:
+    meters = Meters()
+    meters.away.add("Meter-1")
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    outbox.put("Meter-1", settlement("a"))
+    outbox.put("Meter", settlement("b"))
+    await quiet()
+    assert meters.taken == [("Meter", "b")]
+    assert len(outbox) == 1
+    meters.away.clear()
+    await asyncio.sleep(1.1)
+    assert meters.taken == [("Meter", "b"), ("Meter-1", "a")]
+    await outbox.close()
+
+
+@in_virtual_time
+async def test_an_acknowledgement_is_passed_on_once(tmp_path: Path) -> None:
+    meters, acknowledged = Meters(), []
+    meters.away.add("Meter")
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    outbox.put("Meter", settlement("a"), lambda: acknowledged.append("a"))
+    await asyncio.sleep(5)
+    assert acknowledged == []
+    meters.away.clear()
+    await outbox.close()
+    assert acknowledged == ["a"]
+
+
+@in_virtual_time
+async def test_two_witnesses_of_one_request_are_both_sent(tmp_path: Path) -> None:
+    meters = Meters()
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    outbox.put("Meter", settlement("a"))
+    outbox.put("Meter", settlement("a", witness="engine"))
+    await quiet()
+    assert meters.taken == [("Meter", "a")] * 2
+    await outbox.close()
+
+
+@in_virtual_time
+async def test_what_is_acknowledged_leaves_nothing_behind(tmp_path: Path) -> None:
+    outbox = SettlementOutbox(tmp_path, "mine", Meters().send)
+    for number in range(100):
+        outbox.put("Meter", settlement(f"r{number}"))
+    await quiet()
+    assert files(tmp_path) == {"mine.outbox": 0}
+    await outbox.close()
+    assert files(tmp_path) == {}
+
+
+@in_virtual_time
+async def test_the_file_stays_small_while_a_meter_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settlement_outbox, "_COMPACT_BYTES", 4096)
+    meters = Meters()
+    meters.away.add("Meter-1")
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    outbox._compact_at_bytes = 4096
+    outbox.put("Meter-1", settlement("waits"))
+    largest = 0
+    for number in range(1000):
+        outbox.put("Meter", settlement(f"r{number}"))
+        await quiet()
+        largest = max(largest, outbox._path.stat().st_size)
+    assert 4096 < largest < 3 * 4096
+    abandon(outbox)
+    heir = SettlementOutbox(tmp_path, "heir", meters.send)
+    meters.taken.clear()
+    heir.adopt()
+    assert 1 <= len(heir) < 100  # few of those that were acknowledged stand in it still
+    await heir.close(0.0)
+    for sender in outbox._senders.values():
+        sender.cancel()
+
+
+@in_virtual_time
+async def test_what_a_killed_process_left_is_adopted(tmp_path: Path) -> None:
+    meters = Meters()
+    meters.away.add("Meter")
+    killed = SettlementOutbox(tmp_path, "killed", meters.send)
+    heir = SettlementOutbox(tmp_path, "heir", meters.send)
+    await heir.start()
+    killed.put("Meter", settlement("a"))
+    await asyncio.sleep(20)
+    assert len(heir) == 0  # while its owner lives, the file is its own
+    abandon(killed)
+    meters.away.clear()
+    for sender in killed._senders.values():
+        sender.cancel()
+    await asyncio.sleep(6)
+    assert meters.taken == [("Meter", "a")]
+    assert files(tmp_path) == {"heir.outbox": 0}
+    await heir.close()
+
+
+@in_virtual_time
+async def test_a_torn_end_costs_nothing_of_what_is_before_it(tmp_path: Path) -> None:
+    meters = Meters()
+    meters.away.add("Meter")
+    killed = SettlementOutbox(tmp_path, "killed", meters.send)
+    killed.put("Meter", settlement("a"))
+    os.write(killed._file, b"\x40\0\0\0half a rec")
+    abandon(killed)
+    for sender in killed._senders.values():
+        sender.cancel()
+    meters.away.clear()
+    heir = SettlementOutbox(tmp_path, "heir", meters.send)
+    heir.adopt()
+    await heir.close()
+    assert meters.taken == [("Meter", "a")]
+
+
+@in_virtual_time
+async def test_close_keeps_what_no_meter_took(tmp_path: Path) -> None:
+    meters = Meters()
+    meters.away.add("Meter")
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    outbox.put("Meter", settlement("a"))
+    await outbox.close(1.0)
+    await outbox.close(1.0)
+    meters.away.clear()
+    heir = SettlementOutbox(tmp_path, "heir", meters.send)
+    heir.adopt()
+    await heir.close()
+    assert meters.taken == [("Meter", "a")]
+
+
+_VICTIM = """
+import asyncio, sys
+from pathlib import Path
+from deployments.settlement_outbox import SettlementOutbox
+from tests.deployments.accounts import settlement
+
+async def main() -> None:
+    async def never(meter, settlements):
+        await asyncio.Event().wait()
+
+    outbox = SettlementOutbox(Path(sys.argv[1]), "victim", never)
+    for number in range(10**9):
+        outbox.put("Meter", settlement(f"r{number}"))
+        print(number, flush=True)  # from here on it must not be lost
+
+asyncio.run(main())
+"""
+
+
+def killed(folder: Path) -> int:
+    """How many settlements a process that was killed says that it had put."""
+    with subprocess.Popen([sys.executable, "-c", _VICTIM, str(folder)], stdout=subprocess.PIPE, text=True) as victim:
+        assert victim.stdout is not None
+        for _ in range(500):
+            victim.stdout.readline()
+        victim.send_signal(signal.SIGKILL)
+        return 500 + len(victim.stdout.read().splitlines())
+
+
+async def test_sigkill_loses_nothing_that_was_put(tmp_path: Path) -> None:
+    told = killed(tmp_path)
+    meters = Meters()
+    heir = SettlementOutbox(tmp_path, "heir", meters.send)
+    heir.adopt()
+    await heir.close()
+    assert len(meters.taken) - told in (0, 1)  # one may have been put and not told
+    assert meters.taken[:told] == [("Meter", f"r{number}") for number in range(told)]
