@@ -1,7 +1,7 @@
 """Files of records that outlive the process that writes them: appended whole, and a torn end is told from a record.
 
-A record is its length and its CRC-32, four bytes each, little-endian, and then its bytes. A process that is killed
-while it appends leaves less than that at the end of the file, which the reader cuts off.
+A record is its length, at least 1, and its CRC-32, four bytes each, little-endian, and then its bytes. A process that
+is killed while it appends leaves less than that at the end of the file, which the reader cuts off.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_records(data: bytes) -> RecordsRead:
         length, checksum = _HEAD.unpack_from(data, position)
         end = position + _HEAD.size + length
         record = data[position + _HEAD.size : end]
-        if end > len(data) or zlib.crc32(record) != checksum:
+        if not length or end > len(data) or zlib.crc32(record) != checksum:  # zeros are what a power cut may leave
             break
         records.append(record)
         position = end

@@ -84,7 +84,8 @@ class WithoutMeter(GatewayArguments, frozen=True):
     max_model_len: int
 
 
-def build_without_meter(arguments: WithoutMeter) -> Application:
+def build_without_meter(given: dict[str, Any]) -> Application:
+    arguments = WithoutMeter.model_validate(given)
     settings = arguments.model_dump(
         exclude={"database", "require_keys", "meters", "lost_after_s", "record_refusals", "folder", "max_model_len"}
     )
@@ -96,22 +97,22 @@ def build_without_meter(arguments: WithoutMeter) -> Application:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _start(config: ClusterConfig, home: Path, folder: Path, *, metered: bool) -> RayNode:
+def _deploy(node: RayNode, config: ClusterConfig, home: Path, folder: Path, *, metered: bool) -> None:
     body = serve_config(config, home, {"relay": folder})
     gateway = body["applications"][0]
     if not metered:
-        gateway["import_path"] = f"{__name__}:build_without_meter"
+        gateway["import_path"] = "loadtests.admission_cost:build_without_meter"
         gateway["args"] |= {"folder": str(folder), "max_model_len": 2048}
         gateway["deployments"] = [each for each in gateway["deployments"] if each["name"] == INGRESS]
-    node = RayNode.start(config, home)
     api = ServeApi(node.dashboard_url, node.token)
     api.wait_until_up(60.0)
     api.apply(body)
-    deadline = time.monotonic() + 120.0
+    deadline = time.monotonic() + 60.0
     while True:
         try:
             if httpx.get(f"{node.http_url}/readyz", trust_env=False).status_code == 200:
-                return node
+                print(node.http_url, [list(application.deployments) for application in api.applications()])
+                return
         except httpx.HTTPError:
             pass  # not up yet
         if time.monotonic() > deadline:
@@ -147,8 +148,9 @@ def main() -> None:
             config = load_cluster_config(CONFIG, {**os.environ, "MILLSTREAM_HOME": str(home)})
             http = config.cluster.http.model_copy(update={"port": port})
             config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"http": http})})
-            node = _start(config, home, folder, metered=metered)
+            node = RayNode.start(config, home)
             stack.callback(node.stop, home)
+            _deploy(node, config, home, folder, metered=metered)
             nodes.append(node)
         key = ensure_admin_key(homes[0])
         client = stack.enter_context(httpx.Client(timeout=30.0, trust_env=False))

@@ -54,13 +54,18 @@ class Cost(NamedTuple):
 class _Meter:
     """Admits at once, with the prompt's tokens as they are known beforehand."""
 
+    full = False
+
     def __init__(self, token_ids: list[int]) -> None:
         self._admitted = Admitted([token_ids])
+
+    def meter_of(self, _key_id: str, _team: str | None) -> str:
+        return "Meter"
 
     async def admit(self, _request: object) -> Admitted:
         return self._admitted
 
-    def settle(self, _settlement: object) -> None: ...
+    def settle(self, _settlement: object, _acknowledged: object) -> None: ...
 
 
 class _Pool:

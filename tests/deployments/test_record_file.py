@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from deployments.record_file import framed, read_records
 
-RECORDS = st.lists(st.binary(max_size=50), max_size=8)
+RECORDS = st.lists(st.binary(min_size=1, max_size=50), max_size=8)
 
 
 @given(records=RECORDS)
@@ -23,6 +23,12 @@ def test_a_record_that_was_not_written_whole_is_told_from_one(
     whole, more = framed(records), framed([last])
     torn = whole + more[: data.draw(st.integers(0, len(more) - 1))]
     assert read_records(torn) == (records, len(whole))
+
+
+@given(records=RECORDS, zeros=st.integers(1, 100))
+def test_zeros_behind_the_records_are_none(records: list[bytes], zeros: int) -> None:
+    whole = framed(records)
+    assert read_records(whole + bytes(zeros)) == (records, len(whole))
 
 
 @given(records=RECORDS, last=st.binary(min_size=1, max_size=50), data=st.data())
