@@ -33,6 +33,7 @@ OUTBOX_SIZE = 50_000
 _SEND_AT_ONCE = 1000
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 _ADOPT_S = 5.0
+_ADOPT_AT_ONCE = 200
 _COMPACT_BYTES = 4 * 2**20
 _SUFFIX = ".outbox"
 
@@ -145,14 +146,20 @@ class SettlementOutbox:
                     del waiting[key]
                 if sent.acknowledged is not None:
                     sent.acknowledged()
-            self._shorten()
+            try:
+                self._shorten()
+            except OSError as error:
+                log.error("outbox not shortened", file=self._path.name, reason=repr(error))
 
     # --- the file ---------------------------------------------------------------------------------------------------
 
     def _open_own(self) -> int:
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, self._path):
+                return file
+            os.close(file)  # taken for one that was left, and adopted, before it could be locked
 
     def _append(self, record: bytes) -> None:
         data = framed([record])
@@ -192,18 +199,18 @@ class SettlementOutbox:
     async def _adopt_for_ever(self) -> None:
         while True:
             try:
-                self.adopt()
-            except OSError as error:
+                await self.adopt()
+            except Exception as error:  # whatever it is: without this task nothing would ever be adopted again
                 log.error("outboxes not looked through", reason=repr(error))
             await asyncio.sleep(_ADOPT_S)
 
-    def adopt(self) -> None:
+    async def adopt(self) -> None:
         """Take over what processes that are gone have left in the folder."""
         for path in self._folder.glob(f"*{_SUFFIX}"):
             if path != self._path:
-                self._adopt(path)
+                await self._adopt(path)
 
-    def _adopt(self, path: Path) -> None:
+    async def _adopt(self, path: Path) -> None:
         try:
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -215,12 +222,17 @@ class SettlementOutbox:
                 return  # its owner lives
             if not _is_at(file, path):
                 return  # adopted, or rewritten by its owner, since it was opened
-            with open(file, "rb", closefd=False) as reader:
-                records = read_records(reader.read()).records
-            for record in records:
-                entry = unpack(record, _Entry)
+            records = read_records(os.pread(file, os.fstat(file).st_size, 0)).records
+            for number, record in enumerate(records, 1):
+                try:
+                    entry = unpack(record, _Entry)
+                except msgspec.DecodeError as error:
+                    log.error("settlement of another version", file=path.name, record=record.hex(), reason=str(error))
+                    continue
                 self.put(entry.meter, entry.settlement)
-            path.unlink()
+                if number % _ADOPT_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # streams go on
+            os.unlink(path)
             if records:
                 log.info("settlements adopted", file=path.name, count=len(records))
         finally:

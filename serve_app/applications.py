@@ -48,6 +48,8 @@ _UNLIMITED = 1_000_000
 _LOGGING = {"enable_access_log": False}
 """The ingress logs one line per request itself, with tokens and times."""
 _RESUME_TIMEOUT_S = 180.0
+_INGRESS_DRAIN_S = 600.0
+"""How long a leaving ingress may finish its streams, unless requests have a limit of their own."""
 _SHUTDOWN_MARGIN_S = 10.0
 
 
@@ -98,6 +100,8 @@ def build_gateway(arguments: GatewayArguments) -> Application:
         max_ongoing_requests=_MAX_STREAMS,
         health_check_period_s=2,
         health_check_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=(arguments.request_timeout_s or _INGRESS_DRAIN_S) + _SHUTDOWN_MARGIN_S,
     )(IngressDeployment).bind(
         *meters,
         home=arguments.home,

@@ -237,8 +237,8 @@ class MeterConfig(_Section):
     folder of cluster.yaml, or `postgresql://user:password@host/name`. Default: sqlite:///${MILLSTREAM_HOME}/ledger.db.
     """
     replicas: int = Field(default=1, ge=1, le=64)
-    """Meters, 1 to 64, among which teams and keys are divided; more than one needs PostgreSQL. One admits and settles
-    over a thousand requests per second (docs/performance.md)."""
+    """Meters, 1 to 64, among which teams and keys are divided; more than one needs PostgreSQL. Stop the cluster to
+    change it. One admits and settles over a thousand requests per second (docs/performance.md)."""
     require_keys: bool = True
     """Refuse requests without a valid key. Without it everybody who reaches the port may use every model."""
     lost_after_s: float = Field(default=60.0, ge=15.0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from deployments.contracts import Settlement, Submission, pack, unpack
 from deployments.engine.engine import Engine
@@ -23,7 +24,7 @@ from deployments.engine.simulator import SimulatorSettings
 from deployments.engine.vllm_engine import VllmEngine, VllmSettings
 from deployments.logging import configure_logging
 from deployments.meter.meter_transport import MeterUnreachable, ServeMeter
-from deployments.meter.shards import GATEWAY
+from deployments.meter.shards import GATEWAY, meter_names
 from deployments.settlement_outbox import SettlementOutbox
 from serve_app.config import ModelConfig, SimulatedEngineConfig
 from serve_app.model_source import prepare_model
@@ -73,6 +74,17 @@ def build_engine(model: ModelConfig, folder: Path) -> Engine:
     )
 
 
+def _find_meter(name: str) -> ServeMeter:
+    """The meter of that name, or the first if there is none any more. Raises MeterUnreachable when there is no
+    gateway."""
+    for each in (name, *meter_names(1)):
+        try:
+            return ServeMeter(serve.get_deployment_handle(each, GATEWAY))
+        except (KeyError, RayServeException):
+            log.warning("no such meter", meter=each)
+    raise MeterUnreachable(name)
+
+
 class EngineDeployment:
     """One replica of a model's engine pool."""
 
@@ -90,12 +102,12 @@ class EngineDeployment:
 
     async def _settle(self, meter: str, settlements: list[Settlement]) -> None:
         if meter not in self._meters:
-            try:
-                handle = await asyncio.to_thread(serve.get_deployment_handle, meter, GATEWAY)
-            except KeyError as error:
-                raise MeterUnreachable(f"there is no {meter}") from error
-            self._meters[meter] = ServeMeter(handle)
-        await self._meters[meter].settle(pack(settlements))
+            self._meters[meter] = await asyncio.to_thread(_find_meter, meter)
+        try:
+            await self._meters[meter].settle(pack(settlements))
+        except MeterUnreachable:
+            del self._meters[meter]  # looked up again: there may be fewer meters than there were
+            raise
 
     async def steps(self, stream_id: str, *, target: str) -> AsyncGenerator[bytes, None]:
         async with aclosing(self._replica.steps(stream_id)) as steps:

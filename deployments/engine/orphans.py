@@ -41,7 +41,7 @@ class Tab:
 
     def count(self, choice: int, tokens: int, cached_tokens: int) -> None:
         self.tokens[choice] += tokens
-        self.cached_tokens += cached_tokens
+        self.cached_tokens = min(self.cached_tokens + cached_tokens, self.account.prompt_tokens)
         if self.first_token_at is None:
             self.first_token_at = time.time()
 

@@ -80,18 +80,19 @@ class EngineReplica:
 
     async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
         """Open the step stream `stream_id` and yield packed `EngineStep` messages until the caller goes away."""
+        ingress = stream_id.rpartition("#")[0]  # as ReplicaStream names its connections
+        self._orphanage.returned(ingress)
         await self._engine.check_health()
         stream = _Stream(StepOutbox(self.load))
         self._streams[stream_id] = stream
-        ingress = stream_id.rpartition("#")[0]  # as ReplicaStream names its connections
-        self._orphanage.returned(ingress)
         log.info("step stream opened", stream=stream_id)
         try:
             async with aclosing(stream.outbox.steps()) as steps:
                 async for step in steps:
                     yield pack(step)
         finally:
-            del self._streams[stream_id]
+            if self._streams.get(stream_id) is stream:
+                del self._streams[stream_id]
             for key in stream.keys.values():
                 self._engine.abort(key)
             self._orphanage.take(ingress, stream.tabs)
@@ -127,7 +128,7 @@ class EngineReplica:
                 stream.keys.pop(generation, None)
                 self._drain_rate.count()
             if token_ids:
-                tab.count(choice, len(token_ids), cached_tokens)
+                tab.count(choice, len(token_ids), 0 if submission.resumed else cached_tokens)
             stream.outbox.push(
                 TokenDelta(
                     generation, token_ids, finish_reason, cached_tokens, message, param, logprobs, prompt_logprobs

@@ -14,7 +14,6 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from deployments.contracts import SettlementStatus
 from deployments.ingress.completion import ClientGone, Completion
 from deployments.ingress.errors import ApiError, DeadlineExceeded, ErrorAnswer, InternalError, rate_limit_headers
 from deployments.ingress.wire import DONE, KEEP_ALIVE, Choice, ChoiceDelta, ChunkTemplate, completion_body, error_event
@@ -58,8 +57,6 @@ class CompletionResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         completion = self._completion
-        # Unless it finishes before; also when Serve cancels the request because the client is gone.
-        status: SettlementStatus = "cancelled"
         try:
             async with _watched(completion, receive), self._deadline():
                 completion.start()
@@ -70,14 +67,14 @@ class CompletionResponse(Response):
         except ClientGone:
             log.info("client gone", completion=completion.id)
         except ApiError as error:
-            status = "failed"
+            completion.settle("failed")
             await self._fail(send, error)
         except Exception:
-            status = "failed"
+            completion.settle("failed")
             log.exception("completion failed", completion=completion.id)
             await self._fail(send, InternalError())
         finally:
-            completion.settle(status)
+            completion.settle("cancelled")  # unless it has ended before; also when Serve cancels it with its client
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:

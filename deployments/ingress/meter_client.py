@@ -62,7 +62,7 @@ _CALL_LIMIT_S = 10.0
 _SHORT_PROMPTS = 4096
 """Characters or token ids up to which a request's admission travels together with others, which it must not delay."""
 _RENEW_S = 5.0
-"""Far below the time after which a meter gives this ingress up (`meter.lost_after_s`)."""
+"""Far below the times after which a meter gives this ingress up (deployments/meter/reservations.py)."""
 
 
 class MeterClient:
@@ -225,7 +225,7 @@ class MeterClient:
             try:
                 async with asyncio.timeout(_RENEW_S):
                     await meter.renew(self._ingress_id)
-            except (MeterUnreachable, TimeoutError) as error:
+            except Exception as error:  # whatever it is: without this task all that runs here would be given up
                 log.warning("lease not renewed", reason=repr(error))
             await asyncio.sleep(_RENEW_S)
 

@@ -30,6 +30,8 @@ SILENCE_LIMIT_S = 3.0
 deployments/engine/step_outbox.py."""
 _SUBMIT_LIMIT_S = 5.0
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 4.0
+_CONNECTIONS = count(1)
+"""Numbers of all step streams that this process has opened: none is used again, be the replica in the pool again."""
 
 
 class ReplicaLost(Exception):
@@ -71,7 +73,7 @@ class ReplicaStream:
         """Event-loop time of the last message, in seconds."""
         self._transport = transport
         self._name = name
-        self._connections = 0
+        self._connection = 0
         self._submissions = self._submitter()
         self._numbers = 0
         self._unreported = 0
@@ -120,7 +122,7 @@ class ReplicaStream:
         the call is under way go to `on_lost` as all others on it do. A call that fails for any other reason fails
         its own generations and leaves the others alone.
         """
-        connection = self._connections
+        connection = self._connection
         numbered: dict[int, Generation] = {}
         for generation in generations:
             if generation.ended:
@@ -200,7 +202,7 @@ class ReplicaStream:
     @property
     def _stream_id(self) -> str:
         # deployments/engine/replica.py knows by what is before the number that this ingress has come back.
-        return f"{self._name}#{self._connections}"
+        return f"{self._name}#{self._connection}"
 
     def _submitter(self) -> Coalescer[list[msgspec.Raw], list[SubmissionStatus]]:
         """Sends submissions over the present connection."""
@@ -218,7 +220,7 @@ class ReplicaStream:
         return Coalescer(send)
 
     async def _send_abort(self, numbers: list[int]) -> None:
-        connection = self._connections
+        connection = self._connection
         try:
             async with asyncio.timeout(_SUBMIT_LIMIT_S):
                 await self._transport.abort(self._stream_id, numbers, self._take_released())
@@ -234,7 +236,7 @@ class ReplicaStream:
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
-        self._connections += 1
+        self._connection = next(_CONNECTIONS)
         self._submissions = self._submitter()
         self.last_heard = loop.time()
         async with aclosing(self._transport.steps(self._stream_id)) as steps:
@@ -283,7 +285,7 @@ class ReplicaStream:
 
         A call that was made over an earlier `connection` says nothing about the present one.
         """
-        if connection is not None and connection != self._connections:
+        if connection is not None and connection != self._connection:
             return
         self._lose(reason)
         if self._reader is not None:

@@ -75,6 +75,7 @@ class Admission:
         if self._reservations.is_settled(request.request_id):
             # Nobody waits for this answer, and nobody would settle the reservation.
             return AdmissionRefused("rate_limit_exceeded", "The request was given up before it could be admitted.")
+        self._reservations.cancel(request.request_id)  # of an attempt that was tokenizing at the same time
         self._reservations.ensure_room()
         account = _account(request, model, sum(map(len, token_ids)), now)
         demand = demand_of(account)

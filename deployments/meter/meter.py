@@ -190,6 +190,10 @@ class Meter:
         """Settles what is lost, and forgets what need not be known. The meter does it itself from time to time."""
         now = self._clock()
         self._book.forget_idle(now)
+        async with self._book.recording():
+            for reservation in self._reservations.abandoned(now):
+                self._book.recount(reservation.account.key_id, reservation.account.team)
+        self._reservations.flush(now)
         if lost := self._reservations.lost(now):
             await self.settle([_lost(reservation.account, now) for reservation in lost])
             self._counters.lost_reservations += len(lost)
@@ -293,8 +297,8 @@ class Meter:
             await asyncio.sleep(min(_SWEEP_S, self._settings.lost_after_s / 4))
             try:
                 await self.sweep()
-            except MeterError as error:
-                log.warning("not swept, will retry", reason=str(error))
+            except Exception as error:  # whatever it is: without this task nothing would ever be lost
+                log.warning("not swept, will retry", reason=repr(error))
 
 
 def _open_spool(settings: MeterSettings) -> Spool:

@@ -76,5 +76,6 @@ class ServeMeter:
     async def _call(self, method: str, *arguments: bytes | str) -> Any:
         try:
             return await getattr(self._handle, method).remote(*arguments)
-        except (RayError, RayServeException, grpc.RpcError, MeterError) as error:
+        except (RayError, RayServeException, grpc.RpcError, MeterError, RuntimeError) as error:
+            # RuntimeError is how Serve tells of a gRPC call that ended in an unexpected way.
             raise MeterUnreachable(type(error).__name__) from error

@@ -21,6 +21,9 @@ from deployments.meter.reservation_journal import ReservationJournal
 __all__ = ["Reservation", "Reservations", "demand_of"]
 
 _REMEMBERED_S: Final = 60.0
+_LEASE_S: Final = 12.0
+"""Without a sign of life, after which an ingress that engine replicas have settled for is taken for dead: more than two
+of the renewals of deployments/ingress/meter_client.py."""
 _RANKS: Final[dict[Witness, int]] = {"none": 0, "engine": 1, "ingress": 2}
 """As in deployments/meter/ledger_rows.py."""
 
@@ -50,6 +53,8 @@ class Reservations:
         self._lost_after_s = lost_after_s
         self._open: dict[str, Reservation] = {}
         self._settled: dict[str, _Settled] = {}
+        self._claimed: dict[str, int] = {}
+        """Of open ones, the tokens that engine replicas have settled while their ingress may still live."""
         self._renewed: dict[str, float] = {}
         """When each ingress was last heard of."""
         self._looked_at: float | None = None
@@ -70,8 +75,9 @@ class Reservations:
 
     def cancel(self, request_id: str) -> None:
         """As if it had never been admitted: its ingress asks again, because it got no answer."""
-        reservation = self._open.pop(request_id, None)
+        reservation = self._open.get(request_id)
         if reservation is not None:
+            self._drop(request_id)
             self._close(reservation, NOTHING, admitted=False)
 
     def reserve(self, reservation: Reservation, now: float) -> None:
@@ -92,8 +98,14 @@ class Reservations:
         self._forget(now)
         account, witness, admitted = settlement.account, settlement.witness, settlement.status != "refused"
         tokens = settlement.prompt_tokens + settlement.completion_tokens
-        reservation = self._open.pop(account.request_id, None)
+        reservation = self._open.get(account.request_id)
+        if reservation is not None and witness == "engine" and self._may_live(reservation, now):
+            # An ingress that only lost a connection goes on elsewhere, and may use all that it reserved.
+            claimed = self._claimed.get(account.request_id, settlement.prompt_tokens)
+            self._claimed[account.request_id] = claimed + settlement.completion_tokens  # as below
+            return False
         if reservation is not None:
+            self._drop(account.request_id)
             self._settled[account.request_id] = _Settled(now, witness, tokens, reservation)
             cost = _cost(account, settlement.prompt_tokens, settlement.completion_tokens)
             self._close(reservation, Demand(tokens, cost), admitted=admitted)
@@ -101,7 +113,7 @@ class Reservations:
         known = self._settled.get(account.request_id)
         if known is None:
             self._settled[account.request_id] = _Settled(now, witness, tokens, None)
-            return False
+            return account.admitted_at is None and not tokens  # given up before it was admitted: nothing was used
         rank, new_rank = _RANKS[known.witness], _RANKS[witness]
         if new_rank < rank or (new_rank == rank and witness != "engine"):
             return True
@@ -114,11 +126,33 @@ class Reservations:
             self._journal.closed(account.request_id, tokens, admitted=admitted)
         return False
 
+    def abandoned(self, now: float) -> list[Reservation]:
+        """End those that engine replicas have settled and whose ingress has not been heard of since. Quotas are to be
+        loaded again."""
+        closed = []
+        for request_id, tokens in list(self._claimed.items()):
+            reservation = self._open[request_id]
+            if not self._may_live(reservation, now):
+                self._drop(request_id)
+                self._settled[request_id] = _Settled(now, "engine", tokens, reservation)
+                self._close(reservation, Demand(tokens, 0.0), admitted=True)
+                closed.append(reservation)
+        return closed
+
+    def _may_live(self, reservation: Reservation, now: float) -> bool:
+        return now < self._renewed.get(reservation.ingress_id, now) + _LEASE_S
+
+    def _drop(self, request_id: str) -> None:
+        """It is open no more."""
+        del self._open[request_id]
+        self._claimed.pop(request_id, None)
+
     def close_recorded(self, request_ids: Iterable[str]) -> list[Reservation]:
         """End those that the ledger has rows of already, which counts what they have used: within the minute as much as
         they could. Quotas are to be loaded again."""
-        closed = [self._open.pop(request_id) for request_id in request_ids if request_id in self._open]
+        closed = [self._open[request_id] for request_id in request_ids if request_id in self._open]
         for reservation in closed:
+            self._drop(reservation.account.request_id)
             self._close(reservation, Demand(reservation.account.reserved_tokens, 0.0), admitted=True)
         return closed
 

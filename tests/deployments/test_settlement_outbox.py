@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deployments import settlement_outbox
 from deployments.contracts import Settlement
+from deployments.record_file import framed
 from deployments.settlement_outbox import SettlementOutbox
 from tests.deployments.accounts import settlement
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
@@ -112,7 +114,7 @@ async def test_the_file_stays_small_while_a_meter_is_away(tmp_path: Path, monkey
     abandon(outbox)
     heir = SettlementOutbox(tmp_path, "heir", meters.send)
     meters.taken.clear()
-    heir.adopt()
+    await heir.adopt()
     assert 1 <= len(heir) < 100  # few of those that were acknowledged stand in it still
     await heir.close(0.0)
     for sender in outbox._senders.values():
@@ -151,9 +153,28 @@ async def test_a_torn_end_costs_nothing_of_what_is_before_it(tmp_path: Path) -> 
         sender.cancel()
     meters.away.clear()
     heir = SettlementOutbox(tmp_path, "heir", meters.send)
-    heir.adopt()
+    await heir.adopt()
     await heir.close()
     assert meters.taken == [("Meter", "a")]
+
+
+@in_virtual_time
+async def test_a_record_of_another_version_costs_nothing_of_those_around_it(tmp_path: Path) -> None:
+    meters = Meters()
+    meters.away.add("Meter")
+    killed = SettlementOutbox(tmp_path, "killed", meters.send)
+    killed.put("Meter", settlement("a"))
+    os.write(killed._file, framed([msgspec.msgpack.encode(["Meter", {"unheard": "of"}])]))
+    killed.put("Meter", settlement("b"))
+    abandon(killed)
+    for sender in killed._senders.values():
+        sender.cancel()
+    meters.away.clear()
+    heir = SettlementOutbox(tmp_path, "heir", meters.send)
+    await heir.adopt()
+    await heir.close()
+    assert meters.taken == [("Meter", "a"), ("Meter", "b")]
+    assert files(tmp_path) == {}
 
 
 @in_virtual_time
@@ -166,7 +187,7 @@ async def test_close_keeps_what_no_meter_took(tmp_path: Path) -> None:
     await outbox.close(1.0)
     meters.away.clear()
     heir = SettlementOutbox(tmp_path, "heir", meters.send)
-    heir.adopt()
+    await heir.adopt()
     await heir.close()
     assert meters.taken == [("Meter", "a")]
 
@@ -204,7 +225,7 @@ async def test_sigkill_loses_nothing_that_was_put(tmp_path: Path) -> None:
     told = killed(tmp_path)
     meters = Meters()
     heir = SettlementOutbox(tmp_path, "heir", meters.send)
-    heir.adopt()
+    await heir.adopt()
     await heir.close()
     assert len(meters.taken) - told in (0, 1)  # one may have been put and not told
     assert meters.taken[:told] == [("Meter", f"r{number}") for number in range(told)]

@@ -40,7 +40,7 @@ async def left_on_disk(gate: Gateway) -> list[Settlement]:
     copy.mkdir()
     (copy / outbox.name).write_bytes(outbox.read_bytes())
     heir = SettlementOutbox(copy, "heir", keep)
-    heir.adopt()
+    await heir.adopt()
     await heir.close()
     return found
 

@@ -41,7 +41,7 @@ def acknowledged_until_killed(database_url: str, spool_folder: Path, name: str, 
     return ids
 
 
-@pytest.mark.parametrize("storage", ["sqlite", "postgresql", "spool"])
+@pytest.mark.parametrize("storage", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres), "spool"])
 @pytest.mark.timeout(60 + 2 * KILLS)
 async def test_sigkill_after_an_acknowledgement_loses_nothing(
     request: pytest.FixtureRequest, tmp_path: Path, storage: str

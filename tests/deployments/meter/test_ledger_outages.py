@@ -101,6 +101,7 @@ async def test_a_locked_sqlite_database_is_away_until_it_is_unlocked(tmp_path: P
         sa.event.remove(sa.Pool, "checkout", wait_less)
 
 
+@pytest.mark.postgres
 async def test_postgresql_killed_and_started_again_under_load_has_every_acknowledged_row_once(
     fragile: PostgresServer, tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ async def test_postgresql_killed_and_started_again_under_load_has_every_acknowle
         assert sum(changes) <= len(acknowledged)
 
 
+@pytest.mark.postgres
 async def test_a_database_that_answers_nothing_holds_up_only_the_first(fragile: PostgresServer, tmp_path: Path) -> None:
     changes: list[int] = []
     async with opened(

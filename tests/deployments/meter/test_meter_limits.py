@@ -174,12 +174,16 @@ async def test_a_settlement_gives_back_what_was_not_used(meter: Meter, clock: Cl
     await admitted(meter, ask(key, clock))
 
 
-async def test_an_engines_settlement_ends_the_reservation_too(meter: Meter, clock: Clock) -> None:
+async def test_an_engines_settlement_ends_the_reservation_of_a_silent_ingress(meter: Meter, clock: Clock) -> None:
     key = await make_key(meter, concurrency=1)
     request = ask(key, clock)
     answer = await admitted(meter, request)
     assert "requests at a time" in (await refused(meter, ask(key, clock))).message
     await meter.settle([settlement(request, answer, status="disconnected", witness="engine", parts={0: 4})])
+    await meter.sweep()
+    assert "requests at a time" in (await refused(meter, ask(key, clock))).message
+    clock.now += 15.0
+    await meter.sweep()
     await admitted(meter, ask(key, clock))
 
 

@@ -110,21 +110,52 @@ def test_repeated_and_worse_settlements_change_nothing(
     assert used(key) == (1, 15)
 
 
-def test_an_engine_ends_a_reservation_and_the_ingress_may_still_correct_it(
+def test_an_engine_ends_a_reservation_once_its_ingress_is_silent(reservations: Reservations, key: LimitState) -> None:
+    """Which goes on elsewhere if only a connection broke, and may use all that it reserved."""
+    reserve(reservations, key)
+    assert not reservations.settle(settled(witness="engine", completion_tokens=2), NOW + 1.0)  # the ledger has it
+    reservations.renew("ingress-1", NOW + 5.0)
+    assert reservations.abandoned(NOW + 16.9) == []
+    assert (len(reservations), used(key, NOW + 16.9)) == (1, (1, 30))
+    [abandoned] = reservations.abandoned(NOW + 17.0)
+    assert abandoned.account.request_id == "cmpl-1"
+    assert (len(reservations), used(key, NOW + 17.0)) == (0, (1, 12))
+    assert not reservations.settle(settled(completion_tokens=5), NOW + 18.0)  # it lived: quotas must ask the ledger
+    assert used(key, NOW + 18.0) == (1, 15)
+
+
+def test_an_ingress_that_lives_ends_a_reservation_that_an_engine_has_settled(
     reservations: Reservations, key: LimitState
 ) -> None:
     reserve(reservations, key)
-    assert reservations.settle(settled(witness="engine", completion_tokens=2), NOW)
-    assert (len(reservations), used(key)) == (0, (1, 12))
-    assert not reservations.settle(settled(completion_tokens=5), NOW + 1.0)  # quotas must ask the ledger
-    assert used(key) == (1, 15)
+    reservations.settle(settled(witness="engine", completion_tokens=2), NOW)
+    assert reservations.settle(settled(completion_tokens=5), NOW + 1.0)
+    assert (len(reservations), used(key)) == (0, (1, 15))
+    assert reservations.abandoned(NOW + 1000.0) == []
 
 
-def test_what_several_engines_know_adds_up(reservations: Reservations, key: LimitState) -> None:
+@pytest.mark.parametrize("late_s", [1.0, 20.0])
+def test_what_several_engines_know_adds_up(reservations: Reservations, key: LimitState, late_s: float) -> None:
     reserve(reservations, key)
     reservations.settle(settled(witness="engine", completion_tokens=4, parts={0: 4}), NOW)
-    assert not reservations.settle(settled(witness="engine", completion_tokens=3, parts={1: 3}), NOW)
-    assert used(key) == (1, 17)
+    reservations.abandoned(NOW + late_s)
+    reservations.settle(settled(witness="engine", completion_tokens=3, parts={1: 3}), NOW + late_s)
+    reservations.abandoned(NOW + 20.0)
+    assert used(key, NOW + 20.0) == (1, 17)
+
+
+def test_a_reservation_of_two_attempts_is_one(reservations: Reservations, key: LimitState) -> None:
+    """Both were tokenizing at the same time."""
+    reserve(reservations, key)
+    reservations.cancel("cmpl-1")
+    reserve(reservations, key)
+    reservations.settle(settled(), NOW)
+    assert (len(reservations), used(key)) == (0, (1, 15))
+
+
+def test_what_was_given_up_before_it_was_admitted_leaves_quotas_alone(reservations: Reservations) -> None:
+    never = Settlement(Account("cmpl-9", "key-1", "m", 0, 0), "cancelled", 0, 0, 0, 0, None, 1.0)
+    assert reservations.settle(never, NOW)
 
 
 def test_an_unknown_settlement_is_remembered_for_a_minute(reservations: Reservations) -> None:
@@ -218,7 +249,8 @@ def test_the_journal_tells_the_same(tmp_path: Path, key: LimitState) -> None:
         reservations.settle(settled("cmpl-1"), NOW)
         reservations.cancel("cmpl-2")
         reservations.settle(settled("cmpl-3", completion_tokens=2, witness="engine"), NOW)
-        reservations.settle(settled("cmpl-3"), NOW)
+        reservations.abandoned(NOW + 20.0)
+        reservations.settle(settled("cmpl-3"), NOW + 20.0)
         reservations.flush(NOW)
     with closing(ReservationJournal(tmp_path, 0)) as journal:
         assert journal.load(NOW) == [
