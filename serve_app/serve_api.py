@@ -55,6 +55,10 @@ class ServeApi:
             base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30.0, trust_env=False
         )
 
+    def close(self) -> None:
+        """Let go of its connections."""
+        self._client.close()
+
     def wait_until_up(self, limit_s: float) -> None:
         """Raises ServeApiError when the API does not answer in time."""
         deadline = time.monotonic() + limit_s

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from deployments.contracts import Settlement, Submission, pack, unpack
 from deployments.engine.engine import Engine
@@ -74,12 +75,12 @@ def build_engine(model: ModelConfig, folder: Path) -> Engine:
     )
 
 
-def _find_meter(name: str) -> ServeMeter:
+def _find_meter(name: str) -> DeploymentHandle[Any]:
     """The meter of that name, or the first if there is none any more. Raises MeterUnreachable when there is no
     gateway."""
     for each in (name, *meter_names(1)):
         try:
-            return ServeMeter(serve.get_deployment_handle(each, GATEWAY))
+            return serve.get_deployment_handle(each, GATEWAY)
         except (KeyError, RayServeException):
             log.warning("no such meter", meter=each)
     raise MeterUnreachable(name)
@@ -102,7 +103,7 @@ class EngineDeployment:
 
     async def _settle(self, meter: str, settlements: list[Settlement]) -> None:
         if meter not in self._meters:
-            self._meters[meter] = await asyncio.to_thread(_find_meter, meter)
+            self._meters[meter] = ServeMeter(await asyncio.to_thread(_find_meter, meter))
         try:
             await self._meters[meter].settle(pack(settlements))
         except MeterUnreachable:

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -124,14 +124,14 @@ class Campaign:
     async def run(self, seconds: float, every_s: float) -> Report:
         node = RayNode.running(self._cluster.home)
         assert node is not None
-        self._api = ServeApi(node.dashboard_url, node.token)
         logs = Path(node.folder) / "session_latest" / "logs" / "serve"
         stop = asyncio.Event()
-        async with asyncio.TaskGroup() as group:
-            for number in range(self._clients):
-                group.create_task(self._client(random.Random(self._random.random() + number), stop))
-            await self._kill_for(seconds, every_s)
-            stop.set()
+        with closing(ServeApi(node.dashboard_url, node.token)) as self._api:
+            async with asyncio.TaskGroup() as group:
+                for number in range(self._clients):
+                    group.create_task(self._client(random.Random(self._random.random() + number), stop))
+                await self._kill_for(seconds, every_s)
+                stop.set()
         await self._recovered()
         return self._audit(logs)
 
