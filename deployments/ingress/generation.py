@@ -121,6 +121,7 @@ class Generation:
             self.accepted_at = time.perf_counter()
 
     def deliver(self, delta: TokenDelta) -> None:
+        self.accepted()  # the step stream may overtake the answer to the submission
         if not self.tokens and not self.resumes:
             self.cached_tokens = delta.cached_tokens
         if delta.token_ids:
