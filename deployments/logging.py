@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 
 import structlog
 
-__all__ = ["configure_logging"]
+__all__ = ["configure_logging", "log_targets_kept"]
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -21,3 +24,19 @@ def configure_logging(level: int = logging.INFO) -> None:
         logger_factory=lambda *_: logging.getLogger("ray.serve"),
         cache_logger_on_first_use=True,
     )
+
+
+@contextmanager
+def log_targets_kept() -> Iterator[None]:
+    """Around what calls logging.config.dictConfig, as the import of vLLM does. That closes all handlers of the process,
+    and a closed MemoryHandler, such as Ray Serve's, has forgotten where it writes to: nothing would be logged again."""
+    kept = [
+        (handler, handler.target)
+        for handler in logging.getLogger("ray.serve").handlers
+        if isinstance(handler, MemoryHandler)
+    ]
+    try:
+        yield
+    finally:
+        for handler, target in kept:
+            handler.setTarget(target)

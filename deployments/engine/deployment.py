@@ -23,7 +23,7 @@ from deployments.engine.replica import EngineReplica
 from deployments.engine.simulated_engine import SimulatedEngine, vocabulary_of
 from deployments.engine.simulator import SimulatorSettings
 from deployments.engine.vllm_engine import VllmEngine, VllmSettings
-from deployments.logging import configure_logging
+from deployments.logging import configure_logging, log_targets_kept
 from deployments.meter.meter_transport import MeterUnreachable, ServeMeter
 from deployments.meter.shards import GATEWAY, meter_names
 from deployments.settlement_outbox import SettlementOutbox
@@ -94,7 +94,8 @@ class EngineDeployment:
         config = ModelConfig.model_validate(model)
         folder = await asyncio.to_thread(prepare_model, config.source, Path(home), report=log.info)
         engine = build_engine(config, folder)
-        await engine.start()
+        with log_targets_kept():
+            await engine.start()
         self._meters: dict[str, ServeMeter] = {}
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._outbox = SettlementOutbox(Path(home) / "outbox", replica_id, self._settle)
