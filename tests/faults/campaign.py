@@ -185,7 +185,12 @@ class Campaign:
                 if line == "data: [DONE]":
                     attempt.outcome = "finished"
                 elif line.startswith("data: "):
-                    self._take(attempt, json.loads(line.removeprefix("data: ")))
+                    try:
+                        chunk = json.loads(line.removeprefix("data: "))
+                    except json.JSONDecodeError:  # its ingress was killed in the middle of a write
+                        attempt.outcome, attempt.usage = "cut off", None
+                        return
+                    self._take(attempt, chunk)
                 if leave_after is not None and sum(attempt.received.values()) >= leave_after:
                     attempt.outcome, attempt.usage = "vanished", None
                     return
