@@ -12,11 +12,12 @@ Couplings: `Submission`, `EngineStep` between deployments/ingress/replica_stream
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
 __all__ = [
+    "WITNESS_RANKS",
     "Account",
     "AdministrationAnswer",
     "AdministrationCommand",
@@ -392,7 +393,9 @@ SettlementStatus = Literal["finished", "cancelled", "disconnected", "failed", "r
 """`cancelled`: the client left. `disconnected`: its ingress died. `failed`: the engines could not. `refused`: never
 admitted. `lost`: admitted, and nobody is left to tell what became of it."""
 Witness = Literal["ingress", "engine", "none"]
-"""Who counted. A row of a better witness takes the place of another's: ingress before engine before none."""
+"""Who counted. A row of a better witness takes the place of another's."""
+WITNESS_RANKS: Final[dict[str, int]] = {"none": 0, "engine": 1, "ingress": 2}
+"""The better the higher."""
 
 
 class Settlement(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -414,6 +417,21 @@ class Settlement(msgspec.Struct, frozen=True, omit_defaults=True):
     parts: dict[int, int] | None = None
     """Of an engine replica: completion tokens by the number of the choice in the request, those of earlier replicas
     included. Several replicas may each know some of the choices; of one choice the highest count holds."""
+
+    @classmethod
+    def unused(cls, account: Account, status: SettlementStatus, now: float) -> Settlement:
+        """Of a request that nobody saw use anything; `now` is Unix time in seconds."""
+        return cls(
+            account=account,
+            status=status,
+            prompt_tokens=0,
+            cached_tokens=0,
+            completion_tokens=0,
+            resumes=0,
+            first_token_s=None,
+            total_s=max(0.0, now - account.started_at),
+            witness="none",
+        )
 
 
 # --- administration: ingress -> meter ---------------------------------------------------------------------------------

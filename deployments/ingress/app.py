@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.contracts import KeyInfo
-from deployments.ingress.administration import administration_routes
+from deployments.ingress.administration import administration_routes, require_admin
 from deployments.ingress.catalog import Catalog, ServedModel
 from deployments.ingress.completion import ClientGone, Completion
 from deployments.ingress.completion_response import CompletionResponse
@@ -29,7 +29,6 @@ from deployments.ingress.errors import (
     InternalError,
     InvalidApiKey,
     MethodNotAllowed,
-    PermissionDenied,
     RouteNotFound,
     UnsupportedMediaType,
 )
@@ -127,16 +126,14 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
         return _model_card(catalog.find(model))
 
     @app.get("/admin/v1/replicas")
-    async def list_replicas(key: Caller) -> dict[str, Any]:
+    async def list_replicas(request: Request) -> dict[str, Any]:
         """Every engine replica as this ingress sees it, for `millstream status`."""
-        if not key.admin:
-            raise PermissionDenied("This needs the admin key.")
+        await require_admin(caller, request)
         return {"object": "list", "data": [card for model in catalog.models() for card in model.pool.cards()]}
 
     @app.get("/metrics")
-    async def metrics(key: Caller) -> Response:
-        if not key.admin:
-            raise PermissionDenied("This needs the admin key.")
+    async def metrics(request: Request) -> Response:
+        await require_admin(caller, request)
         return Response(metrics_text(await meter.counters(), meter.unsettled), media_type=METRICS_TYPE)
 
     @app.get("/healthz")

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import msgspec
 import sqlalchemy as sa
 
-from deployments.contracts import Settlement
+from deployments.contracts import WITNESS_RANKS, Settlement
 from deployments.meter.database import is_race, upsert, writing
 from deployments.meter.schema import REQUESTS, USAGE_HOURS
 
@@ -26,7 +26,6 @@ Row: TypeAlias = dict[str, Any]
 """By the names of the columns of REQUESTS."""
 
 _SUMS: Final = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
-_RANKS: Final = {"none": 0, "engine": 1, "ingress": 2}
 _IDS_PER_QUERY: Final = 500
 _MAX_RACES: Final = 5
 
@@ -126,7 +125,7 @@ def _row(settlement: Settlement, recorded_at: float) -> Row:
 
 def _holding(current: Row, new: Row) -> Row:
     """What becomes of a request's row when a settlement arrives: `current` itself when nothing does."""
-    rank, new_rank = _RANKS[current["witness"]], _RANKS[new["witness"]]
+    rank, new_rank = WITNESS_RANKS[current["witness"]], WITNESS_RANKS[new["witness"]]
     if new_rank != rank:
         return new if new_rank > rank else current
     if new["witness"] == "engine" and current["parts"] is not None and new["parts"] is not None:

@@ -21,7 +21,6 @@ from typing import Final
 import structlog
 
 from deployments.contracts import (
-    Account,
     AdministrationAnswer,
     AdministrationCommand,
     AdmissionRefused,
@@ -195,7 +194,7 @@ class Meter:
                 self._book.recount(reservation.account.key_id, reservation.account.team)
         self._reservations.flush(now)
         if lost := self._reservations.lost(now):
-            await self.settle([_lost(reservation.account, now) for reservation in lost])
+            await self.settle([Settlement.unused(reservation.account, "lost", now) for reservation in lost])
             self._counters.lost_reservations += len(lost)
             for reservation in lost:
                 log.warning(
@@ -309,17 +308,3 @@ def _open_spool(settings: MeterSettings) -> Spool:
             if number.isdecimal() and int(number) >= settings.shards:
                 left.append(path)
     return Spool(settings.folder, f"settlements-{settings.shard}", adopt=left)
-
-
-def _lost(account: Account, now: float) -> Settlement:
-    return Settlement(
-        account=account,
-        status="lost",
-        prompt_tokens=0,
-        cached_tokens=0,
-        completion_tokens=0,
-        resumes=0,
-        first_token_s=None,
-        total_s=max(0.0, now - account.started_at),
-        witness="none",
-    )

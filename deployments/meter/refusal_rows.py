@@ -60,14 +60,4 @@ def _row(request: AdmissionRequest, now: float) -> Settlement:
         caller_request_id=request.caller_request_id,
         started_at=request.started_at,
     )
-    return Settlement(
-        account=account,
-        status="refused",
-        prompt_tokens=0,
-        cached_tokens=0,
-        completion_tokens=0,
-        resumes=0,
-        first_token_s=None,
-        total_s=max(0.0, now - request.started_at),
-        witness="none",
-    )
+    return Settlement.unused(account, "refused", now)

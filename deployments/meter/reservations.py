@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from deployments.contracts import Account, Settlement, Witness
+from deployments.contracts import WITNESS_RANKS, Account, Settlement, Witness
 from deployments.meter.errors import MeterBusy
 from deployments.meter.limits import NOTHING, Demand, Hold
 from deployments.meter.reservation_journal import ReservationJournal
@@ -24,8 +24,6 @@ _REMEMBERED_S: Final = 60.0
 _LEASE_S: Final = 12.0
 """Without a sign of life, after which an ingress that engine replicas have settled for is taken for dead: more than two
 of the renewals of deployments/ingress/meter_client.py."""
-_RANKS: Final[dict[Witness, int]] = {"none": 0, "engine": 1, "ingress": 2}
-"""As in deployments/meter/ledger_rows.py."""
 
 
 class Reservation(NamedTuple):
@@ -114,7 +112,7 @@ class Reservations:
         if known is None:
             self._settled[account.request_id] = _Settled(now, witness, tokens, None)
             return account.admitted_at is None and not tokens  # given up before it was admitted: nothing was used
-        rank, new_rank = _RANKS[known.witness], _RANKS[witness]
+        rank, new_rank = WITNESS_RANKS[known.witness], WITNESS_RANKS[witness]
         if new_rank < rank or (new_rank == rank and witness != "engine"):
             return True
         if new_rank == rank:  # each knows some of the choices: as if they knew none in common
