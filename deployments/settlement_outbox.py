@@ -6,6 +6,9 @@ that is killed (not a power cut: it is not synced, since the meter syncs millise
 node finds that its owner is gone adopts it. A lock on the file tells that its owner lives; the kernel lets go of it
 when a process dies, however it dies.
 
+A note is what a request has used so far, for the case that this process dies before it can settle it: it is in the file
+alone, and sent by whoever adopts that.
+
 What is sent twice is recorded once (deployments/meter/ledger.py).
 """
 
@@ -14,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +73,8 @@ class SettlementOutbox:
         self._call_limit_s = call_limit_s
         self._waiting: dict[str, dict[tuple[str, str], _Waiting]] = {}
         """By meter, then by request and witness."""
+        self._notes: dict[str, tuple[str, Settlement]] = {}
+        """By request, with its meter."""
         self._senders: dict[str, asyncio.Task[None]] = {}
         self._adopter: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
@@ -88,11 +94,23 @@ class SettlementOutbox:
     def put(self, meter: str, settlement: Settlement, acknowledged: Callable[[], None] | None = None) -> None:
         """Never waits and never fails: from now on the settlement will be recorded, even if this process is killed,
         unless its disk is full as well. `acknowledged` is called once the meter has it."""
-        try:
-            self._append(pack(_Entry(meter, settlement)))
-        except OSError as error:
-            log.error("settlement only in memory", request=settlement.account.request_id, reason=repr(error))
+        self._keep(meter, settlement)
+        self._notes.pop(settlement.account.request_id, None)
         self._queue(meter, settlement, acknowledged)
+
+    def note(self, meter: str, settlement: Settlement) -> None:
+        """Like `put`, but sent only if this process dies before it puts a settlement of the same request or withdraws
+        this. Nothing where one of this process waits already."""
+        request_id = settlement.account.request_id
+        if (request_id, "ingress") not in self._waiting.get(meter, {}):
+            self._keep(meter, settlement)
+            self._notes[request_id] = (meter, settlement)
+
+    def withdraw(self, request_ids: Iterable[str]) -> None:
+        """Their notes are not needed any more."""
+        for request_id in request_ids:
+            self._notes.pop(request_id, None)
+        self._try_to_shorten()
 
     async def close(self, limit_s: float = 10.0) -> None:
         """Give the meters a bounded time to take what waits; what they do not take stays in the file. Safe twice."""
@@ -113,7 +131,7 @@ class SettlementOutbox:
             await asyncio.wait(self._senders.values())
         self._senders.clear()
         if self._file >= 0:
-            if not len(self):
+            if not (len(self) or self._notes):
                 self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
@@ -146,10 +164,9 @@ class SettlementOutbox:
                     del waiting[key]
                 if sent.acknowledged is not None:
                     sent.acknowledged()
-            try:
-                self._shorten()
-            except OSError as error:
-                log.error("outbox not shortened", file=self._path.name, reason=repr(error))
+            self._try_to_shorten()
+            if not len(self):
+                self._emptied.set()
 
     # --- the file ---------------------------------------------------------------------------------------------------
 
@@ -161,6 +178,12 @@ class SettlementOutbox:
                 return file
             os.close(file)  # taken for one that was left, and adopted, before it could be locked
 
+    def _keep(self, meter: str, settlement: Settlement) -> None:
+        try:
+            self._append(pack(_Entry(meter, settlement)))
+        except OSError as error:
+            log.error("settlement only in memory", request=settlement.account.request_id, reason=repr(error))
+
     def _append(self, record: bytes) -> None:
         data = framed([record])
         written = os.write(self._file, data)
@@ -169,23 +192,25 @@ class SettlementOutbox:
             raise OSError(f"{self._path.name}: only {written} of {len(data)} bytes could be written")
         self._bytes += written
 
+    def _try_to_shorten(self) -> None:
+        try:
+            self._shorten()
+        except OSError as error:
+            log.error("outbox not shortened", file=self._path.name, reason=repr(error))
+
     def _shorten(self) -> None:
-        if not len(self):
+        if not (len(self) or self._notes):
             os.ftruncate(self._file, 0)
             self._bytes = 0
-            self._emptied.set()
         elif self._bytes > self._compact_at_bytes:
             self._compact()
             self._compact_at_bytes = 2 * self._bytes + _COMPACT_BYTES
 
     def _compact(self) -> None:
-        """Only what waits, in a new file that takes the place of the old one."""
+        """Only what waits and is noted, in a new file that takes the place of the old one."""
         draft, old = self._path.with_suffix(".draft"), self._file
-        records = [
-            pack(_Entry(meter, each.settlement))
-            for meter, waiting in self._waiting.items()
-            for each in waiting.values()
-        ]
+        waiting = [(meter, each.settlement) for meter, some in self._waiting.items() for each in some.values()]
+        records = [pack(_Entry(meter, settlement)) for meter, settlement in chain(waiting, self._notes.values())]
         draft.write_bytes(framed(records))
         new = os.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,11 +255,15 @@ class SettlementOutbox:
                     log.error("settlement of another version", file=path.name, record=record.hex(), reason=str(error))
                     continue
                 self.put(entry.meter, entry.settlement)
+                log.info(
+                    "settlement adopted",
+                    completion=entry.settlement.account.request_id,
+                    witness=entry.settlement.witness,
+                    parts=entry.settlement.parts,
+                )
                 if number % _ADOPT_AT_ONCE == 0:
                     await asyncio.sleep(0)  # streams go on
             os.unlink(path)
-            if records:
-                log.info("settlements adopted", file=path.name, count=len(records))
         finally:
             os.close(file)
 

@@ -100,7 +100,7 @@ class EngineDeployment:
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._outbox = SettlementOutbox(Path(home) / "outbox", replica_id, self._settle)
         await self._outbox.start()
-        self._replica = EngineReplica(engine, Orphanage(self._outbox.put))
+        self._replica = EngineReplica(engine, Orphanage(self._outbox))
 
     async def _settle(self, meter: str, settlements: list[Settlement]) -> None:
         if meter not in self._meters:

@@ -2,23 +2,24 @@
 
 While an ingress lives, it is the witness of what its requests use, and tells the replica to forget each once it is
 settled. When its step stream ends it may still live, if only the connection broke: then it opens another within
-`GRACE_S`. If it does not, the replica settles what it knows, by its own count. Should the ingress live all the same,
-its word replaces the replica's in the ledger. Free of Ray.
+`GRACE_S`. If it does not, the replica settles what it knows, by its own count. Until then it is a note in the outbox,
+which counts if the replica dies as well. Should the ingress live all the same, its word replaces the replica's in the
+ledger. Free of Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
 from deployments.contracts import Account, Settlement, Submission
 
-__all__ = ["GRACE_S", "Orphanage", "Tab", "Tabs"]
+__all__ = ["GRACE_S", "Orphanage", "Outbox", "Tab", "Tabs"]
 
 log = structlog.get_logger()
 
@@ -91,17 +92,30 @@ class Tabs:
         for request_id in request_ids:
             self._tabs.pop(request_id, None)
 
+    def requests(self) -> list[str]:
+        return list(self._tabs)
+
     def settlements(self) -> list[tuple[str, Settlement]]:
         """With the meter that each is for."""
         now = time.time()
         return [(tab.meter, tab.settlement(now)) for tab in self._tabs.values()]
 
 
+class Outbox(Protocol):
+    """What a replica needs of deployments/settlement_outbox.py."""
+
+    def put(self, meter: str, settlement: Settlement) -> None: ...
+
+    def note(self, meter: str, settlement: Settlement) -> None: ...
+
+    def withdraw(self, request_ids: Iterable[str]) -> None: ...
+
+
 class Orphanage:
     """The tabs of streams that have ended, until their ingress is back or given up. For use on one event loop."""
 
-    def __init__(self, settle: Callable[[str, Settlement], None], *, grace_s: float = GRACE_S) -> None:
-        self._settle = settle
+    def __init__(self, outbox: Outbox, *, grace_s: float = GRACE_S) -> None:
+        self._outbox = outbox
         self._grace_s = grace_s
         self._left: dict[str, tuple[Tabs, asyncio.TimerHandle]] = {}
 
@@ -109,6 +123,8 @@ class Orphanage:
         """The stream of `ingress` with `tabs` has ended."""
         if len(tabs):
             self.returned(ingress)  # at most one stream of an ingress is open
+            for meter, settlement in tabs.settlements():
+                self._outbox.note(meter, settlement)
             timer = asyncio.get_running_loop().call_later(self._grace_s, self._give_up, ingress)
             self._left[ingress] = (tabs, timer)
 
@@ -116,6 +132,7 @@ class Orphanage:
         """It lives, and has moved its generations elsewhere: it settles them itself."""
         if (left := self._left.pop(ingress, None)) is not None:
             left[1].cancel()
+            self._outbox.withdraw(left[0].requests())
 
     def close(self) -> None:
         """Waits for nobody any more."""
@@ -128,4 +145,4 @@ class Orphanage:
         log.info("ingress gone, its requests are settled here", ingress=ingress, requests=len(tabs))
         for meter, settlement in tabs.settlements():
             log.info("orphan", completion=settlement.account.request_id, parts=settlement.parts)
-            self._settle(meter, settlement)
+            self._outbox.put(meter, settlement)

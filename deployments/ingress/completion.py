@@ -393,4 +393,4 @@ class Completion:
             first_token_s=self._first_token_s,
             total_s=round(total_s, 4),
         )
-        self._meter.settle(settlement, lambda: self.model.pool.release(generations))
+        self._meter.settle(settlement, lambda: self.model.pool.release(self.id))

@@ -75,6 +75,7 @@ class IngressDeployment:
             lambda replica_id: self._pools.replica(entry.application, replica_id),
             ingress_id=self._ingress_id,
             limits=entry.limits,
+            note=self._meter.note,
         )
         watch_replicas(entry.application, pool.replicas_changed)
         return pool

@@ -7,6 +7,7 @@ Replicas are chosen by the load that their step streams report. Free of Ray: mem
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 import msgspec
 import structlog
 
+from deployments.contracts import Settlement
+from deployments.engine.orphans import Tab
 from deployments.ingress.errors import InternalError, ModelNotReady, Overloaded
 from deployments.ingress.generation import Generation
 from deployments.ingress.replica_stream import ReplicaStream, ReplicaTransport
@@ -64,11 +67,17 @@ class EnginePool:
         *,
         ingress_id: str,
         limits: PoolLimits,
+        note: Callable[[str, Settlement], None],
     ) -> None:
+        """`note(meter, settlement)` keeps what a request has used on replicas that are lost, should this process be
+        lost before it settles the request."""
         self.model = model
         self.limits = limits
         self._connect = connect
         self._ingress_id = ingress_id
+        self._note = note
+        self._open_requests: dict[str, list[Generation]] = {}
+        """Those that are not settled."""
         self._streams: dict[str, ReplicaStream] = {}
         self._listed: frozenset[str] = frozenset()
         self._became_live = asyncio.Event()
@@ -108,7 +117,8 @@ class EnginePool:
                 self._own(self._drain(stream), f"drain-{replica_id}")
 
     def start(self, generations: list[Generation]) -> None:
-        """Place new generations; everything else, failure included, comes through their mailbox."""
+        """Place the generations of a new request; everything else, failure included, comes through their mailbox."""
+        self._open_requests[generations[0].request_id] = generations
         self._own(self._place(generations, self.limits.hold_timeout_s), "place")
 
     def abort(self, generations: Iterable[Generation]) -> None:
@@ -122,10 +132,10 @@ class EnginePool:
         for stream, doomed in numbers.items():
             self._own(stream.abort(doomed), "abort")
 
-    def release(self, generations: Iterable[Generation]) -> None:
-        """Their request is settled: where they ran last, nobody needs to be able to settle it any more."""
-        ran_on = {(each.placement.stream, each.request_id) for each in generations if each.placement is not None}
-        for stream, request_id in ran_on:
+    def release(self, request_id: str) -> None:
+        """It is settled: where its generations ran last, nobody needs to be able to settle it any more."""
+        generations = self._open_requests.pop(request_id, [])
+        for stream in {each.placement.stream for each in generations if each.placement is not None}:
             stream.release(request_id)
 
     def retire(self) -> None:
@@ -157,7 +167,7 @@ class EnginePool:
             self._connect(replica_id),
             name=f"{self._ingress_id}/{self.model}/{replica_id}",
             on_live=self._on_live,
-            on_lost=self._on_lost,
+            on_lost=lambda generations: self._on_lost(stream, generations),
         )
         self._streams[replica_id] = stream
         self._own(stream.run(), f"stream-{replica_id}")
@@ -166,7 +176,10 @@ class EnginePool:
         self._became_live.set()
         self._became_live = asyncio.Event()
 
-    def _on_lost(self, generations: list[Generation]) -> None:
+    def _on_lost(self, stream: ReplicaStream, generations: list[Generation]) -> None:
+        for request in list(self._open_requests.values()):
+            if any(each.placement is not None and each.placement.stream is stream for each in request):
+                self._note_use(request)
         moving: list[Generation] = []
         for generation in generations:
             generation.lost()
@@ -177,6 +190,18 @@ class EnginePool:
                 moving.append(generation)
         if moving:
             self._own(self._place(moving, self.limits.resume_timeout_s), "resume")
+
+    def _note_use(self, request: list[Generation]) -> None:
+        account = request[0].account
+        use = Tab(
+            account,
+            request[0].meter,
+            {each.candidate: len(each.tokens) for each in request if each.tokens},
+            cached_tokens=min(sum(each.cached_tokens for each in request), account.prompt_tokens),
+            resumed=sum(each.resumes for each in request),
+        )
+        if use.tokens:
+            self._note(use.meter, use.settlement(time.time()))
 
     async def _place(self, generations: list[Generation], hold_timeout_s: float) -> None:
         loop = asyncio.get_running_loop()

@@ -138,6 +138,10 @@ class MeterClient:
         """Record what a request used. Never waits, and survives this process; `acknowledged` once it is committed."""
         self._outbox.put(self.meter_of(settlement.account.key_id, settlement.account.team), settlement, acknowledged)
 
+    def note(self, meter: str, settlement: Settlement) -> None:
+        """What a request has used so far, in case this process does not live to settle it."""
+        self._outbox.note(meter, settlement)
+
     async def administer(self, command: AdministrationCommand) -> AdministrationAnswer:
         """Raises ServiceUnavailable."""
         answer = await self._ask_first(lambda meter: meter.administer(pack(command)))

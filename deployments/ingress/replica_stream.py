@@ -292,7 +292,8 @@ class ReplicaStream:
             self._reader.cancel()
 
     def _lose(self, reason: str) -> None:
-        if self.live:
+        was_live = self.live
+        if was_live:
             self.live = False
             log.info("replica out of rotation", replica=self._name, reason=reason, moving=len(self.generations))
         self.load = EngineLoad()
@@ -301,5 +302,5 @@ class ReplicaStream:
         self._emptied.set()
         lost = list(self.generations.values())
         self.generations.clear()
-        if lost:
+        if lost or was_live:
             self._on_lost(lost)

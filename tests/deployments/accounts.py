@@ -1,12 +1,34 @@
-"""Accounts and settlements of requests that never ran."""
+"""Accounts and settlements of requests that never ran, and an outbox that keeps what it is given."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from deployments.contracts import Account, Settlement
 
-__all__ = ["account", "settlement"]
+__all__ = ["RecordedOutbox", "account", "settlement"]
+
+
+class RecordedOutbox:
+    """Of an engine replica."""
+
+    def __init__(self) -> None:
+        self.settled: list[tuple[str, Settlement]] = []
+        """In their order, with the meter of each."""
+        self.notes: dict[str, Settlement] = {}
+        """By request."""
+
+    def put(self, meter: str, settlement: Settlement) -> None:
+        self.notes.pop(settlement.account.request_id, None)
+        self.settled.append((meter, settlement))
+
+    def note(self, _meter: str, settlement: Settlement) -> None:
+        self.notes[settlement.account.request_id] = settlement
+
+    def withdraw(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self.notes.pop(request_id, None)
 
 
 def account(request_id: str, **fields: Any) -> Account:

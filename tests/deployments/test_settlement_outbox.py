@@ -192,6 +192,58 @@ async def test_close_keeps_what_no_meter_took(tmp_path: Path) -> None:
     assert meters.taken == [("Meter", "a")]
 
 
+@in_virtual_time
+async def test_a_note_is_sent_by_an_heir_alone(tmp_path: Path) -> None:
+    meters = Meters()
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    outbox.note("Meter", settlement("a"))
+    outbox.put("Meter", settlement("b"))
+    await quiet()
+    assert meters.taken == [("Meter", "b")]
+    assert len(outbox) == 0
+    abandon(outbox)
+    heir = SettlementOutbox(tmp_path, "heir", meters.send)
+    await heir.adopt()
+    await heir.close()
+    assert ("Meter", "a") in meters.taken[1:]
+    assert files(tmp_path) == {}
+
+
+@in_virtual_time
+async def test_a_note_that_is_not_needed_leaves_nothing_behind(tmp_path: Path) -> None:
+    meters = Meters()
+    meters.away.add("Meter")
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    outbox.note("Meter", settlement("withdrawn"))
+    outbox.note("Meter", settlement("settled", witness="engine"))
+    outbox.put("Meter", settlement("settled"))
+    outbox.note("Meter", settlement("settled", witness="engine"))  # a word that waits is better
+    outbox.withdraw(["withdrawn", "never heard of"])
+    meters.away.clear()
+    await outbox.close()
+    assert meters.taken == [("Meter", "settled")]
+    assert files(tmp_path) == {}
+
+
+@in_virtual_time
+async def test_notes_stay_when_the_file_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settlement_outbox, "_COMPACT_BYTES", 4096)
+    meters = Meters()
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    outbox._compact_at_bytes = 4096
+    outbox.note("Meter", settlement("noted"))
+    for number in range(200):
+        outbox.put("Meter", settlement(f"r{number}"))
+        await quiet()
+    assert files(tmp_path)["mine.outbox"] < 3 * 4096
+    abandon(outbox)
+    meters.taken.clear()
+    heir = SettlementOutbox(tmp_path, "heir", meters.send)
+    await heir.adopt()
+    await heir.close()
+    assert ("Meter", "noted") in meters.taken
+
+
 _VICTIM = """
 import asyncio, sys
 from pathlib import Path

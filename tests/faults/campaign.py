@@ -77,6 +77,8 @@ class Report(NamedTuple):
     statuses: Counter[str]
     """By status and witness."""
     violations: list[str]
+    evidence: list[str]
+    """What the logs say of the requests concerned."""
 
     def __str__(self) -> str:
         outcomes = Counter(attempt.outcome for attempt in self.attempts)
@@ -87,7 +89,7 @@ class Report(NamedTuple):
             f"rows: {self.rows} ({_listed(self.statuses)})",
             f"violations: {len(self.violations)}",
         ]
-        return "\n".join([*lines, *(f"  {violation}" for violation in self.violations[:50])])
+        return "\n".join([*lines, *(f"  {line}" for line in (*self.violations[:50], *self.evidence[:200]))])
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -216,8 +218,8 @@ class Campaign:
         next_at = loop.time() + every_s
         while next_at < end:
             await asyncio.sleep(next_at - loop.time())
-            next_at = max(next_at + every_s, loop.time())
             await self._kill(self._random.choice(self._targets))
+            next_at = max(next_at + every_s, loop.time() + every_s / 2)  # one may take long: no two at once
         await asyncio.sleep(max(0.0, end - loop.time()))
 
     async def _kill(self, target: Target) -> None:
@@ -249,14 +251,17 @@ class Campaign:
     # --- audit --------------------------------------------------------------------------------------------------------
 
     async def _recovered(self) -> None:
-        """Until nothing is open, spooled or unsettled, seen twice by each of the ingresses that may answer."""
+        """Until nothing is open, spooled or unsettled, seen twice by each of the ingresses that may answer, nor in the
+        outbox of any process."""
+        outboxes = self._cluster.home / "outbox"
         calm = 0
         async with asyncio.timeout(_RECOVERY_LIMIT_S), self._cluster.client() as client:
             while calm < 10:
                 await asyncio.sleep(0.5)
                 try:
                     response = await client.get("/metrics")
-                except httpx.HTTPError:
+                    left_bytes = sum(file.stat().st_size for file in outboxes.iterdir())
+                except (httpx.HTTPError, FileNotFoundError):  # a file was adopted meanwhile
                     calm = 0
                     continue
                 gauges = dict(_gauges(response.text)) if response.status_code == 200 else {}
@@ -264,7 +269,7 @@ class Campaign:
                     gauges.get(f"millstream_{name}")
                     for name in ("open_reservations", "spooled_settlements", "unsettled_requests")
                 ]
-                calm = calm + 1 if open_work == [0.0, 0.0, 0.0] else 0
+                calm = calm + 1 if [*open_work, left_bytes] == [0.0, 0.0, 0.0, 0] else 0
 
     def _audit(self, logs: Path) -> Report:
         with self._database.connect() as connection:
@@ -277,11 +282,12 @@ class Campaign:
         for attempt in self.attempts:
             violations += _violations_of(attempt, rows.get(attempt.completion_id))
         violations += _violations_of_witnesses(rows, logs)
+        evidence = _lines_about({violation.partition(":")[0] for violation in violations}, logs)
         sums = [len(rows), *(sum(getattr(row, name) for row in rows.values()) for name in _SUMMED[1:])]
         if list(map(int, hours)) != sums:
             violations.append(f"hourly sums {list(map(int, hours))} are not those of the rows {sums}")
         statuses = Counter(f"{row.status} by {row.witness}" for row in rows.values())
-        return Report(self.attempts, self.kills, len(rows), statuses, violations)
+        return Report(self.attempts, self.kills, len(rows), statuses, violations, evidence)
 
 
 _SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
@@ -324,7 +330,7 @@ def _violations_of_witnesses(rows: Mapping[str, Any], logs: Path) -> Iterator[st
                     continue  # cut off by a kill, or another's line
                 if told.get("event") == "completion":
                     ingress.setdefault(told["completion"], []).append(told["completion_tokens"])
-                elif told.get("event") == "orphan":
+                elif told.get("event") == "orphan" or (told.get("event") == "settlement adopted" and told["parts"]):
                     parts = engines.setdefault(told["completion"], {})
                     for choice, tokens in told["parts"].items():
                         parts[choice] = max(parts.get(choice, 0), tokens)
@@ -332,6 +338,17 @@ def _violations_of_witnesses(rows: Mapping[str, Any], logs: Path) -> Iterator[st
         witnessed = {"ingress": ingress.get(name), "engine": [sum(engines.get(name, {}).values())], "none": [0]}
         if witnessed[row.witness] != [row.completion_tokens]:
             yield f"{name}: row {row.completion_tokens} by {row.witness}, which counted {witnessed[row.witness]}"
+
+
+def _lines_about(completions: set[str], logs: Path) -> list[str]:
+    if not completions:
+        return []
+    return [
+        f"{file.name}: {line.rstrip()}"
+        for file in sorted(logs.glob("*.log*"))
+        for line in file.read_text(errors="replace").splitlines()
+        if any(completion in line for completion in completions)
+    ]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
 from deployments.engine.orphans import Orphanage
 from deployments.engine.replica import DrainRate, EngineReplica
 from deployments.engine.step_outbox import HEARTBEAT_S
-from tests.deployments.accounts import account
+from tests.deployments.accounts import RecordedOutbox, account
 
 
 class ScriptedEngine:
@@ -97,7 +97,7 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 def replica(engine: ScriptedEngine) -> EngineReplica:
-    return EngineReplica(engine, Orphanage(lambda *_settled: None))
+    return EngineReplica(engine, Orphanage(RecordedOutbox()))
 
 
 async def opened(replica: EngineReplica, stream_id: str = "s") -> AsyncGenerator[bytes, None]:
@@ -397,7 +397,7 @@ async def test_finished_generations_make_the_drain_rate(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("deployments.engine.replica.time.monotonic", lambda: now)
-    replica = EngineReplica(engine, Orphanage(lambda *_settled: None))
+    replica = EngineReplica(engine, Orphanage(RecordedOutbox()))
     async with aclosing(await opened(replica)):
         replica.submit("s", [submission(1), submission(2, "q"), submission(3, "p")], [])
         engine.generate("r", [10], "length")

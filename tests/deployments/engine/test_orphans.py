@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from deployments.contracts import Sampling, Settlement, Submission
+from deployments.contracts import Sampling, Submission
 from deployments.engine.orphans import GRACE_S, Orphanage, Tabs
-from tests.deployments.accounts import account
+from tests.deployments.accounts import RecordedOutbox, account
 from tests.deployments.ingress.virtual_time import in_virtual_time
-
-
-class Settled:
-    def __init__(self) -> None:
-        self.by_request: dict[str, Settlement] = {}
-        self.meters: list[str] = []
-
-    def __call__(self, meter: str, settlement: Settlement) -> None:
-        self.meters.append(meter)
-        self.by_request[settlement.account.request_id] = settlement
 
 
 def submission(request_id: str, choice: int = 0, resumed_tokens: int = 0) -> Submission:
@@ -33,6 +23,11 @@ def submission(request_id: str, choice: int = 0, resumed_tokens: int = 0) -> Sub
     )
 
 
+def requests(outbox: RecordedOutbox) -> list[str]:
+    """That are settled."""
+    return [each.account.request_id for _, each in outbox.settled]
+
+
 def with_tokens(*requests: str) -> Tabs:
     tabs = Tabs()
     for request in requests:
@@ -42,15 +37,16 @@ def with_tokens(*requests: str) -> Tabs:
 
 @in_virtual_time
 async def test_an_ingress_that_does_not_come_back_is_settled_for() -> None:
-    settled = Settled()
-    orphanage = Orphanage(settled)
+    outbox = RecordedOutbox()
+    orphanage = Orphanage(outbox)
     orphanage.take("i", with_tokens("a", "b"))
     await asyncio.sleep(GRACE_S - 0.1)
-    assert settled.meters == []
+    assert outbox.settled == []
+    assert outbox.notes.keys() == {"a", "b"}  # should this replica die meanwhile
+    assert outbox.notes["a"].parts == {0: 3}
     await asyncio.sleep(0.2)
-    assert settled.meters == ["Meter-1", "Meter-1"]
-    assert settled.by_request.keys() == {"a", "b"}
-    one = settled.by_request["a"]
+    assert [(meter, each.account.request_id) for meter, each in outbox.settled] == [("Meter-1", "a"), ("Meter-1", "b")]
+    one = outbox.settled[0][1]
     assert (one.status, one.witness, one.prompt_tokens, one.completion_tokens, one.parts) == (
         *("disconnected", "engine", 5, 3),
         {0: 3},
@@ -59,25 +55,26 @@ async def test_an_ingress_that_does_not_come_back_is_settled_for() -> None:
 
 @in_virtual_time
 async def test_an_ingress_that_comes_back_settles_itself() -> None:
-    settled = Settled()
-    orphanage = Orphanage(settled)
+    outbox = RecordedOutbox()
+    orphanage = Orphanage(outbox)
     orphanage.take("i", with_tokens("a"))
     orphanage.take("j", with_tokens("b"))
     await asyncio.sleep(GRACE_S / 2)
     orphanage.returned("i")
+    assert outbox.notes.keys() == {"b"}
     await asyncio.sleep(60)
-    assert settled.by_request.keys() == {"b"}
+    assert requests(outbox) == ["b"]
 
 
 @in_virtual_time
 async def test_closing_waits_for_nobody() -> None:
-    settled = Settled()
-    orphanage = Orphanage(settled)
+    outbox = RecordedOutbox()
+    orphanage = Orphanage(outbox)
     orphanage.take("i", with_tokens("a"))
     orphanage.close()
-    assert settled.by_request.keys() == {"a"}
+    assert requests(outbox) == ["a"]
     await asyncio.sleep(60)
-    assert len(settled.meters) == 1
+    assert requests(outbox) == ["a"]
 
 
 def test_settled_requests_are_forgotten() -> None:

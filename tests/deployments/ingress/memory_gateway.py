@@ -97,7 +97,9 @@ async def gateway(
         engines = await stack.enter_async_context(replicas_of(replicas, settings, max_waiting=max_waiting))
 
         async def open_pool(entry: CatalogEntry) -> EnginePool:
-            pool = EnginePool(entry.name, engines.__getitem__, ingress_id="i", limits=entry.limits)
+            pool = EnginePool(
+                entry.name, engines.__getitem__, ingress_id="i", limits=entry.limits, note=meter_client.note
+            )
             pool.replicas_changed(frozenset(engines))
             return pool
 

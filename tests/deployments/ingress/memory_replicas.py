@@ -14,7 +14,6 @@ from deployments.contracts import (
     EngineStep,
     FinishReason,
     Sampling,
-    Settlement,
     Submission,
     SubmissionStatus,
     TokenDelta,
@@ -27,6 +26,7 @@ from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import Simulator, SimulatorSettings
 from deployments.ingress.engine_pool import EnginePool, PoolLimits
 from deployments.ingress.replica_stream import ReplicaLost, ReplicaTransport
+from tests.deployments.accounts import RecordedOutbox
 
 __all__ = [
     "LIMITS",
@@ -72,9 +72,9 @@ class MemoryReplica:
         self.released: list[str] = []
         """Requests that it was told to forget."""
         self._engine = SimulatedEngine(settings, max_model_len=2048, max_waiting=max_waiting)
-        self.orphans: list[tuple[str, Settlement]] = []
-        """What the replica settled itself, with the meter that each was for."""
-        self._replica = EngineReplica(self._engine, Orphanage(lambda *settled: self.orphans.append(settled)))
+        self.outbox = RecordedOutbox()
+        """What the replica settled itself."""
+        self._replica = EngineReplica(self._engine, Orphanage(self.outbox))
         self._speaking = asyncio.Event()
         self._speaking.set()
         self._connections: set[asyncio.Queue[bytes | None]] = set()
@@ -242,14 +242,17 @@ async def replicas_of(
 
 @asynccontextmanager
 async def opened_pool(
-    replicas: dict[str, MemoryReplica] | dict[str, ScriptedReplica], limits: PoolLimits = LIMITS
+    replicas: dict[str, MemoryReplica] | dict[str, ScriptedReplica],
+    limits: PoolLimits = LIMITS,
+    notes: RecordedOutbox | None = None,
 ) -> AsyncIterator[EnginePool]:
     """A pool that has just heard of `replicas`. Fails when one of its tasks has failed."""
+    notes = notes or RecordedOutbox()
 
     def connect(replica_id: str) -> ReplicaTransport:
         return replicas[replica_id]
 
-    pool = EnginePool("m", connect, ingress_id="i", limits=limits)
+    pool = EnginePool("m", connect, ingress_id="i", limits=limits, note=notes.note)
     pool.replicas_changed(frozenset(replicas))
     with capture_logs() as logs:
         try:

@@ -147,7 +147,7 @@ async def test_engines_settle_what_a_dead_ingress_had_with_them(tmp_path: Path) 
         received = len(exchange.events)
         await gate.catalog.close()  # its streams end, as they do with its process
         await asyncio.sleep(GRACE_S + 0.1)
-        orphans = [orphan for replica in gate.replicas.values() for orphan in replica.orphans]
+        orphans = [orphan for replica in gate.replicas.values() for orphan in replica.outbox.settled]
         assert [meter for meter, _ in orphans] == ["Meter", "Meter"]
         parts = {choice: tokens for _, settled in orphans for choice, tokens in (settled.parts or {}).items()}
         assert parts.keys() == {0, 1, 2, 3}
@@ -170,12 +170,28 @@ async def test_a_replica_that_took_over_counts_what_the_lost_one_had_made(tmp_pa
         received = len(exchange.events)
         await gate.catalog.close()
         await asyncio.sleep(GRACE_S + 0.1)
-        [(_, settled)] = other.orphans
+        [(_, settled)] = other.outbox.settled
         assert received > 20
         assert received <= settled.completion_tokens < 500
         assert settled.resumes == 1
         exchange.hang_up()
         await exchange.task
+
+
+@in_virtual_time
+async def test_what_was_made_on_a_lost_replica_is_on_disk_until_the_request_is_settled(tmp_path: Path) -> None:
+    async with gateway(tmp_path, replicas=2) as gate:
+        gate.meter.error = None
+        exchange = gate.request(stream=True, n=2, max_tokens=500)
+        await exchange.until(lambda: len(exchange.events) > 20)
+        gate.replicas["r0"].break_streams()
+        await asyncio.sleep(10 * STEP_S)
+        [noted] = await left_on_disk(gate)
+        assert (noted.status, noted.witness, sorted(noted.parts or ())) == ("disconnected", "engine", [0, 1])
+        assert 20 <= noted.completion_tokens < 1000
+        await exchange.task
+        assert (await gate.settlement()).completion_tokens == 1000
+        assert [file.stat().st_size for file in (tmp_path / "outbox").iterdir()] == [0]
 
 
 @in_virtual_time
@@ -186,7 +202,7 @@ async def test_a_broken_connection_of_a_living_ingress_makes_no_orphans(tmp_path
         gate.replicas["r0"].break_streams()
         await exchange.task
         await asyncio.sleep(3 * GRACE_S)
-        assert gate.replicas["r0"].orphans == []
+        assert gate.replicas["r0"].outbox.settled == []
         assert (await gate.settlement()).completion_tokens == 60
 
 

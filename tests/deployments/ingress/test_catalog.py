@@ -14,6 +14,7 @@ from deployments.ingress.catalog import Catalog, CatalogEntry, Infilling
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.errors import ModelNotFound
 from deployments.ingress.replica_stream import SILENCE_LIMIT_S
+from tests.deployments.accounts import RecordedOutbox
 from tests.deployments.ingress.letter_tokenizer import save_letter_tokenizer
 from tests.deployments.ingress.memory_replicas import LIMITS, ScriptedReplica
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
@@ -34,7 +35,9 @@ class Serve:
         return self.applications & frozenset(applications)
 
     async def open_pool(self, entry: CatalogEntry) -> EnginePool:
-        pool = EnginePool(entry.name, lambda _replica: self.replica, ingress_id="i", limits=entry.limits)
+        pool = EnginePool(
+            entry.name, lambda _replica: self.replica, ingress_id="i", limits=entry.limits, note=RecordedOutbox().note
+        )
         pool.replicas_changed(frozenset({"r0"}))
         self.pools.setdefault(entry.name, []).append(pool)
         return pool

@@ -16,7 +16,7 @@ from deployments.ingress import engine_pool
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.errors import ApiError, InternalError, ModelNotReady, Overloaded
 from deployments.ingress.generation import Generation, Mailbox
-from tests.deployments.accounts import account
+from tests.deployments.accounts import RecordedOutbox, account
 from tests.deployments.ingress.memory_replicas import (
     LIMITS,
     SETTINGS,
@@ -381,6 +381,35 @@ async def test_a_generation_that_gains_a_token_between_losses_is_never_given_up(
         await request.until_ended()
         request.assert_undisturbed()
         assert request.generation.resumes == 30
+
+
+@in_virtual_time
+async def test_what_a_lost_replica_made_is_noted_unless_its_request_is_settled() -> None:
+    notes, mailbox = RecordedOutbox(), Mailbox()
+    use = account("two-choices", prompt_tokens=len(PROMPT), choices=2)
+    async with replicas_of(2) as replicas, opened_pool(replicas, notes=notes) as pool:
+        await quiet()
+        short, long = (
+            Generation(use, "Meter-1", candidate, PROMPT, Sampling(max_tokens=max_tokens), mailbox)
+            for candidate, max_tokens in enumerate((5, 500))
+        )
+        pool.start([short, long])
+        while not short.ended:
+            await mailbox.take()
+        ran_short, ran_long = (each.placement.stream.replica_id for each in (short, long) if each.placement)
+        assert ran_short != ran_long
+        replicas[ran_short].break_streams()
+        await quiet()
+        noted = notes.notes["two-choices"]
+        assert (noted.parts, noted.witness, noted.prompt_tokens) == ({0: 5, 1: len(long.tokens)}, "engine", 3)
+        while not long.ended:
+            await mailbox.take()
+        pool.release("two-choices")
+        notes.notes.clear()
+        for replica in replicas.values():
+            replica.break_streams()
+        await quiet()
+        assert notes.notes == {}
 
 
 @in_virtual_time

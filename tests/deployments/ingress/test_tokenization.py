@@ -15,6 +15,7 @@ from deployments.contracts import KeyInfo
 from deployments.ingress.catalog import Catalog, CatalogEntry
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.tokenization import Tokenization
+from tests.deployments.accounts import RecordedOutbox
 from tests.deployments.ingress.memory_gateway import Gateway, gateway
 from tests.deployments.ingress.memory_replicas import LIMITS
 from tests.deployments.ingress.virtual_time import in_virtual_time, run_in_virtual_time
@@ -136,7 +137,7 @@ async def tokenization_of(folder: Path) -> Tokenization:
         return frozenset(["model-m"])
 
     async def open_pool(entry: CatalogEntry) -> EnginePool:
-        return EnginePool(entry.name, _no_replica, ingress_id="i", limits=entry.limits)
+        return EnginePool(entry.name, _no_replica, ingress_id="i", limits=entry.limits, note=RecordedOutbox().note)
 
     catalog = Catalog(existing, open_pool)
     await catalog.replace(
