@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deployments.ingress.completion import ClientGone, Completion
+from deployments.ingress.direct_writes import CONNECTION, Connection
 from deployments.ingress.errors import ApiError, DeadlineExceeded, ErrorAnswer, InternalError, rate_limit_headers
 from deployments.ingress.wire import DONE, KEEP_ALIVE, Choice, ChoiceDelta, ChunkTemplate, completion_body, error_event
 
@@ -53,10 +54,12 @@ class CompletionResponse(Response):
         }
         self._limits = rate_limit_headers(completion.rate_limits)
         self._started = False
+        self._connection: Connection | None = None
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         completion = self._completion
+        self._connection = scope.get("extensions", {}).get(CONNECTION)
         try:
             async with _watched(completion, receive), self._deadline():
                 completion.start()
@@ -131,6 +134,8 @@ class CompletionResponse(Response):
             self._started = True
             limits = [(name.encode(), value.encode()) for name, value in self._limits.items()]
             await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, *limits]})
+        if more and self._connection is not None and self._connection.write(body):
+            return
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _fail(self, send: Send, error: ApiError) -> None:

@@ -12,11 +12,8 @@ stopping replica, in plain text: 503, with the id as it came. Ray Serve: an x-re
 from __future__ import annotations
 
 import asyncio
-import inspect
 import re
-import socket
-import struct
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -25,6 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.ingress.completion import ClientGone
+from deployments.ingress.direct_writes import CONNECTION, Connection
 from deployments.ingress.errors import RequestTimeout
 
 __all__ = ["ConnectionMiddleware"]
@@ -36,8 +34,6 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PIECE_BYTES = 64 * 1024
 """A larger body is written in pieces of this size. A server holds back the write after one that has filled its buffer,
 so an answer in one piece would never be held back, and nobody would notice that the client does not take it."""
-_RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER of zero seconds: closing drops what the kernel has not delivered, and tells the peer so."""
 _CORS_REQUEST_HEADERS = ("Authorization", "Content-Type", "x-llm-api-key", "x-request-id")
 _CORS_RESPONSE_HEADERS = (
     "x-request-id",
@@ -77,6 +73,7 @@ class ConnectionMiddleware:
         self._app = app
         self._upload_timeout_s = upload_timeout_s
         self._write_timeout_s = write_timeout_s
+        self._told = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,7 +83,12 @@ class ConnectionMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             upload = _Upload(receive, self._upload_timeout_s)
-            answer = _Answer(send, self._write_timeout_s, request_id)
+            connection = Connection.behind(send)
+            if not self._told:
+                self._told = True
+                log.info("where answers are written", to="connection" if connection is not None else "every layer")
+            scope.setdefault("extensions", {})[CONNECTION] = connection
+            answer = _Answer(send, connection, self._write_timeout_s, request_id)
             try:
                 await self._app(scope, upload.receive, answer.send)
             except ClientGone:
@@ -134,9 +136,10 @@ class _Upload:
 class _Answer:
     """What the client is sent. One timer watches over all of it: a stream writes thousands of times a second."""
 
-    def __init__(self, send: Send, limit_s: float, request_id: str) -> None:
+    def __init__(self, send: Send, connection: Connection | None, limit_s: float, request_id: str) -> None:
         self.cut_off = False
         self._send = send
+        self._connection = connection
         self._limit_s = limit_s
         self._request_id = request_id
         self._loop = asyncio.get_running_loop()
@@ -144,7 +147,6 @@ class _Answer:
         self._writer: asyncio.Task[Any] | None = None
         """That is inside a `send` now, which it has called at `_since_s` on the loop's clock."""
         self._since_s = 0.0
-        self._writing: Awaitable[None] | None = None
 
     async def send(self, message: Message) -> None:
         """Raises ClientGone."""
@@ -171,15 +173,14 @@ class _Answer:
         self._since_s = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_at(self._since_s + self._limit_s, self._check)
-        self._writing = self._send(message)
         try:
-            await self._writing
+            await self._send(message)
         except asyncio.CancelledError:
             if self.cut_off and writer.uncancel() == 0:  # it was `_check`, and nobody else as well
                 raise ClientGone from None
             raise
         finally:
-            self._writer = self._writing = None
+            self._writer = None
 
     def _check(self) -> None:
         now_s = self._loop.time()
@@ -191,25 +192,8 @@ class _Answer:
         log.info("client does not read, cut off", write_timeout_s=self._limit_s)
         if self._writer is not None:
             self._writer.cancel()
-        _reset(self._writing)
-
-
-def _reset(writing: Awaitable[None] | None) -> None:
-    """Drop the connection that a held-back `send` waits for, with what is buffered for it.
-
-    ASGI has no word for that. When the app ends in the middle of an answer, uvicorn closes its transport, which first
-    delivers what is buffered: to a client that does not read, never. Its transport is an attribute of the object whose
-    method the innermost `send` is; Ray Serve's are around it. Behind another server there is none, and it is up to that
-    server, or to HAProxy, to give the client up.
-    """
-    while inspect.iscoroutine(writing):
-        transport = getattr(inspect.getcoroutinelocals(writing).get("self"), "transport", None)
-        if transport is not None:
-            connection = transport.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            transport.abort()
-            return
-        writing = writing.cr_await
+        if self._connection is not None:
+            self._connection.reset()
 
 
 class _FinalStart(dict[str, Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -26,11 +27,27 @@ def test_an_ingress_replica_is_small(simulated_cluster: RunningCluster) -> None:
         assert psutil.Process(replica["pid"]).memory_info().rss < RSS_LIMIT_BYTES
 
 
-def _start_s(cluster: RunningCluster, replica_id: str) -> float | None:
-    """How long Serve took from asking for the replica to having it, by the controller's log."""
+def test_serves_layers_leave_a_way_to_the_connection(simulated_cluster: RunningCluster) -> None:
+    """Fails when Ray Serve or uvicorn changes what deployments/ingress/direct_writes.py knows of them."""
+    told = [
+        json.loads(line[line.index("{") :])["to"]
+        for log in _serve_logs(simulated_cluster).glob("replica_gateway_Ingress_*.log")
+        for line in log.read_text().splitlines()
+        if "where answers are written" in line
+    ]
+    assert told
+    assert set(told) == {"connection"}
+
+
+def _serve_logs(cluster: RunningCluster) -> Path:
     node = RayNode.running(cluster.home)
     assert node is not None
-    [log] = Path(node.folder, "session_latest", "logs", "serve").glob("controller_[0-9]*.log")
+    return Path(node.folder, "session_latest", "logs", "serve")
+
+
+def _start_s(cluster: RunningCluster, replica_id: str) -> float | None:
+    """How long Serve took from asking for the replica to having it, by the controller's log."""
+    [log] = _serve_logs(cluster).glob("controller_[0-9]*.log")
     told = re.search(rf"Replica\(id='{replica_id}'.* started successfully .* after ([\d.]+)s", log.read_text())
     return float(told[1]) if told else None
 
