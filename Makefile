@@ -9,8 +9,9 @@ BIN := .venv/bin
 CPU := .venv/.cpu-installed
 DEV := .venv/.dev-installed
 CLIENTS := .venv/.clients-installed
+PEERS := .venv/.peers-installed
 
-.PHONY: help serve test test-unit faults check setup down clean
+.PHONY: help serve test test-unit faults compare check setup down clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -26,6 +27,9 @@ test-unit: $(DEV) ## run the tests that need neither Ray, vLLM nor PostgreSQL; A
 
 faults: $(DEV) ## kill processes under load for 10 minutes, then audit the ledger; ARGS="--seed 2 --seconds 60", ARGS=--vllm
 	$(BIN)/python -m tests.faults.campaign $(ARGS)
+
+compare: $(PEERS) ## measure Millstream beside its peers, half an hour, tables into docs/performance.md; ARGS=--help
+	$(BIN)/python -m loadtests.comparison $(ARGS)
 
 check: $(DEV) ## ruff and mypy
 	$(BIN)/ruff check
@@ -56,3 +60,6 @@ $(DEV): requirements/dev.lock $(CPU)
 
 $(CLIENTS): requirements/clients.lock $(DEV)
 	@requirements/install.sh clients
+
+$(PEERS): requirements/peers.lock $(CLIENTS)
+	@requirements/install.sh peers

@@ -1,0 +1,1 @@
+"""Millstream beside its peers on one machine, in one run: `make compare`."""
