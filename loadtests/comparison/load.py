@@ -19,33 +19,15 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from loadtests.prompts import words
+
 __all__ = ["Endpoint", "Outcome", "Stream", "load"]
 
 _TEXT = re.compile(rb'"text": ?"(?!")')
 """Of an event that carries some: a quote within a text is escaped, so this is not found in one."""
+_REQUEST_LIMIT_S = 60.0
+"""A system that keeps a stream for longer is too slow for that load: the request counts as failed."""
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
-_WORDS = (
-    "river",
-    "stone",
-    "light",
-    "engine",
-    "cloud",
-    "paper",
-    "winter",
-    "bridge",
-    "signal",
-    "garden",
-    "metal",
-    "ocean",
-    "letter",
-    "window",
-    "mountain",
-    "silver",
-    "forest",
-    "market",
-    "candle",
-    "thunder",
-)
 
 
 @dataclass(frozen=True)
@@ -99,6 +81,8 @@ class Stream(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._rest = b""
         self._texts = self._chunks = self._bunched = 0
+        self._first_token_s: float | None = None
+        self._gaps_s = array("d")
         self._tokens: int | None = None
         self._ended = False
         self._error: str | None = None
@@ -106,8 +90,14 @@ class Stream(asyncio.Protocol):
         self._done = self._loop.create_future()
         self._begun_at = perf_counter()
         self._transport.write(request)
-        await self._done
         tally = self._tally
+        try:
+            async with asyncio.timeout(_REQUEST_LIMIT_S):
+                await self._done
+        except TimeoutError:
+            self.close()
+            self._transport = None
+            self._error = f"not ended after {_REQUEST_LIMIT_S:g} s"
         error = self._error
         if error is None and not self._ended:
             error = "ended without [DONE]"
@@ -118,6 +108,9 @@ class Stream(asyncio.Protocol):
             return
         tally.requests += 1
         tally.tokens += max_tokens
+        if self._first_token_s is not None:
+            tally.first_token_s.append(self._first_token_s)
+        tally.gaps_s.extend(self._gaps_s)
         tally.bunched_tokens += min(max_tokens, self._bunched + 2 * (max_tokens - self._chunks))
 
     @property
@@ -149,9 +142,9 @@ class Stream(asyncio.Protocol):
         if self._texts:
             now = perf_counter()
             if self._last_at is None:
-                self._tally.first_token_s.append(now - self._begun_at)
+                self._first_token_s = now - self._begun_at
             else:
-                self._tally.gaps_s.append(now - self._last_at)
+                self._gaps_s.append(now - self._last_at)
             self._last_at = now
             self._chunks += self._texts
             if self._texts > 1:
@@ -202,7 +195,11 @@ async def load(
                 if seconds is not None and perf_counter() - begun >= seconds:
                     return
                 if not stream.connected:
-                    await loop.create_connection(lambda: stream, host, port)
+                    try:
+                        await loop.create_connection(lambda: stream, host, port)
+                    except OSError as error:
+                        tally.errors[f"no connection: {error.strerror or error!r}"] += 1
+                        continue
                 await stream.complete(_request(endpoint, url.netloc, url.path, number, max_tokens), max_tokens)
         finally:
             stream.close()
@@ -222,7 +219,7 @@ async def load(
 def _request(endpoint: Endpoint, host: str, path: str, number: int, max_tokens: int) -> bytes:
     body: dict[str, Any] = {
         "model": endpoint.model,
-        "prompt": " ".join(random.Random(number).choices(_WORDS, k=24)),
+        "prompt": words(24, random.Random(number)),
         "max_tokens": max_tokens,
         "temperature": 0.0,
         "ignore_eos": True,

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from loadtests.comparison.load import Endpoint, load
 from loadtests.comparison.stack import Stack
 
-__all__ = ["SHORT_REQUESTS", "Figures", "Level", "measure", "percentile"]
+__all__ = ["ONE_CLIENT", "SHORT_REQUESTS", "Figures", "Level", "measure", "percentile"]
 
 
 class Level(NamedTuple):
@@ -22,6 +22,8 @@ class Level(NamedTuple):
     """In all; without, requests are begun for some seconds."""
 
 
+ONE_CLIENT: Final = Level("1 short", 1, 4, requests=60)
+"""For the first token: enough of them for a median."""
 SHORT_REQUESTS: Final = Level("100 short", 100, 4, requests=400)
 """What a crowd of one-line answers is like."""
 

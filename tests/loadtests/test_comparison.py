@@ -136,6 +136,25 @@ async def test_a_connection_that_breaks_is_counted_and_made_anew() -> None:
     assert all("connection lost" in told for told in outcome.errors)
 
 
+async def test_a_refused_connection_is_counted() -> None:
+    async with serving(pieces()) as endpoint:
+        pass  # gone
+    outcome = await load(endpoint, streams=2, max_tokens=2, requests=5)
+    assert (outcome.requests, outcome.errors.total()) == (0, 5)
+    assert all(told.startswith("no connection") for told in outcome.errors)
+
+
+async def test_a_request_that_failed_leaves_no_times_behind() -> None:
+    outcome = await outcome_of(pieces(HEAD + chunked(text("a"), usage(1))), max_tokens=1)
+    assert (outcome.errors.total(), len(outcome.first_token_s), len(outcome.gaps_s)) == (1, 0, 0)
+
+
+async def test_an_answer_that_does_not_end_fails_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtests.comparison.load._REQUEST_LIMIT_S", 0.1)
+    outcome = await outcome_of(pieces(HEAD), max_tokens=1, requests=2)
+    assert outcome.errors == {"not ended after 0.1 s": 2}
+
+
 async def test_every_request_of_many_clients_counts() -> None:
     outcome = await outcome_of(
         pieces(HEAD + chunked(text("a"), usage(1), DONE)), max_tokens=1, requests=500, streams=20
@@ -162,7 +181,7 @@ def run_of(**tokens_per_s: list[float]) -> dict[str, Any]:
         for system, rates in tokens_per_s.items()
         for number, rate in enumerate(rates)
     ]
-    at = {"cores": "2", "cpu": "c", "memory": "1 GiB", "python": "3", "ray": "2"}
+    at = {"cores": "2", "cpu": "c", "memory": "1 GiB", "python": "3", "ray": "2", "vllm": "0"}
     return {"engine": "vllm", "rounds": 3, "seconds": 1.0, "machine": at, "rows": rows}
 
 
