@@ -82,7 +82,7 @@ class Completion:
         self._started_at = time.time()
         self._clock = time.perf_counter()
         self._first_token_s: float | None = None
-        self._mailbox = Mailbox()
+        self._mailbox = Mailbox(model.pool.rounds)
         self._prompts: list[list[int]] = []
         self._admitted = Admitted([])
         self._settled = False

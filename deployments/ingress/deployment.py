@@ -15,6 +15,7 @@ from deployments.ingress.catalog import Catalog, CatalogEntry
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.serve_transport import ServePools
+from deployments.ingress.write_rounds import WriteRounds
 from deployments.logging import configure_logging
 from deployments.meter.meter_transport import ServeMeter
 
@@ -47,6 +48,7 @@ class IngressDeployment:
             outbox_folder=Path(home) / "outbox",
             admission_timeout_s=admission_timeout_s,
         )
+        self._rounds = WriteRounds()
         self._catalog = Catalog(self._pools.existing, self._open_pool)
         self._settings = IngressSettings(
             request_body_limit_bytes,
@@ -75,6 +77,7 @@ class IngressDeployment:
             lambda replica_id: self._pools.replica(entry.application, replica_id),
             ingress_id=self._ingress_id,
             limits=entry.limits,
+            rounds=self._rounds,
             note=self._meter.note,
         )
         watch_replicas(entry.application, pool.replicas_changed)

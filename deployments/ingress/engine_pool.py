@@ -7,6 +7,7 @@ Replicas are chosen by the load that their step streams report. Free of Ray: mem
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context
@@ -21,11 +22,15 @@ from deployments.engine.orphans import Tab
 from deployments.ingress.errors import InternalError, ModelNotReady, Overloaded
 from deployments.ingress.generation import Generation
 from deployments.ingress.replica_stream import ReplicaStream, ReplicaTransport
+from deployments.ingress.write_rounds import WriteRounds
 
 __all__ = ["EnginePool", "PoolLimits", "least_loaded"]
 
 log = structlog.get_logger()
 
+_CANDIDATES = 8
+"""Replicas that are looked at for a generation, drawn at random where there are more: the least loaded of eight is
+nearly as good as that of all (the power of two choices), and costs the same however many replicas there are."""
 _FRUITLESS_RESUMES = 3
 """A generation that lost so many replicas in a row without a token is given up: it may be what kills them."""
 
@@ -67,18 +72,22 @@ class EnginePool:
         *,
         ingress_id: str,
         limits: PoolLimits,
+        rounds: WriteRounds,
         note: Callable[[str, Settlement], None],
     ) -> None:
-        """`note(meter, settlement)` keeps what a request has used on replicas that are lost, should this process be
-        lost before it settles the request."""
+        """`rounds` are those of the process. `note(meter, settlement)` keeps what a request has used on replicas that
+        are lost, should this process be lost before it settles the request."""
         self.model = model
         self.limits = limits
+        self.rounds = rounds
         self._connect = connect
         self._ingress_id = ingress_id
         self._note = note
         self._open_requests: dict[str, list[Generation]] = {}
         """Those that are not settled."""
         self._streams: dict[str, ReplicaStream] = {}
+        self._accepting: list[ReplicaStream] | None = None
+        """Those of them that take generations; None when that has to be found out again."""
         self._listed: frozenset[str] = frozenset()
         self._became_live = asyncio.Event()
         self._held = 0
@@ -88,7 +97,7 @@ class EnginePool:
     @property
     def ready(self) -> bool:
         """Whether a replica would take a generation now."""
-        return any(stream.accepting for stream in self._streams.values())
+        return bool(self._accepting_streams())
 
     def cards(self) -> list[dict[str, Any]]:
         """Each replica and its load, for operators."""
@@ -113,6 +122,7 @@ class EnginePool:
         for replica_id in self._streams.keys() - replica_ids:
             stream = self._streams[replica_id]
             if not stream.draining:
+                self._accepting = None
                 stream.draining = True  # now, not when the task runs: the next change may come before
                 self._own(self._drain(stream), f"drain-{replica_id}")
 
@@ -172,11 +182,18 @@ class EnginePool:
         self._streams[replica_id] = stream
         self._own(stream.run(), f"stream-{replica_id}")
 
+    def _accepting_streams(self) -> list[ReplicaStream]:
+        if self._accepting is None:
+            self._accepting = [stream for stream in self._streams.values() if stream.accepting]
+        return self._accepting
+
     def _on_live(self) -> None:
+        self._accepting = None
         self._became_live.set()
         self._became_live = asyncio.Event()
 
     def _on_lost(self, stream: ReplicaStream, generations: list[Generation]) -> None:
+        self._accepting = None
         for request in list(self._open_requests.values()):
             if any(each.placement is not None and each.placement.stream is stream for each in request):
                 self._note_use(request)
@@ -208,8 +225,8 @@ class EnginePool:
         deadline = loop.time() + hold_timeout_s
         full: set[ReplicaStream] = set()
         while generations := [generation for generation in generations if not generation.ended]:
-            live = [stream for stream in self._streams.values() if stream.accepting]
-            candidates = [stream for stream in live if stream not in full]
+            live = self._accepting_streams()
+            candidates = [stream for stream in live if stream not in full] if full else live
             if live and not candidates:
                 self._fail(generations, self._overloaded(live))
                 return
@@ -219,6 +236,8 @@ class EnginePool:
                     self._fail(generations, self._not_ready())
                     return
                 continue
+            if len(candidates) > (drawn := max(_CANDIDATES, 2 * len(generations))):
+                candidates = random.sample(candidates, drawn)
             groups: dict[ReplicaStream, list[Generation]] = {}
             if len(generations) == 1 or len(candidates) == 1:
                 groups[least_loaded(candidates)] = generations
@@ -252,6 +271,7 @@ class EnginePool:
     async def _drain(self, stream: ReplicaStream) -> None:
         await stream.drain(self.limits.drain_timeout_s)
         del self._streams[stream.replica_id]
+        self._accepting = None
         if stream.replica_id in self._listed:  # again, since the drain began
             self._open(stream.replica_id)
 

@@ -14,6 +14,7 @@ import msgspec
 
 from deployments.contracts import Account, Sampling, Submission, TokenDelta
 from deployments.ingress.errors import ApiError
+from deployments.ingress.write_rounds import WriteRounds
 
 if TYPE_CHECKING:
     from deployments.ingress.replica_stream import ReplicaStream
@@ -38,25 +39,27 @@ class Placement(NamedTuple):
 
 
 class Mailbox:
-    """Where all generations of one request deliver; its reader wakes once for everything that came in between.
+    """Where all generations of one request deliver; its reader wakes once a round for everything that came before.
 
     Bounded by the tokens the request may generate.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rounds: WriteRounds) -> None:
+        self._rounds = rounds
         self._news: list[News] = []
         self._arrived = asyncio.Event()
 
     def put(self, news: News) -> None:
+        if not self._news:
+            self._rounds.join(self._arrived.set)
         self._news.append(news)
-        self._arrived.set()
 
     def wake(self) -> None:
-        """Make `take` return, with nothing if nothing has arrived."""
+        """Make `take` return now, with nothing if nothing has arrived."""
         self._arrived.set()
 
     async def take(self) -> list[News]:
-        """Everything since the last call in order of arrival; empty only after `wake`."""
+        """Everything since the last call in order of arrival; empty only around a `wake`."""
         await self._arrived.wait()
         self._arrived.clear()
         news, self._news = self._news, []

@@ -8,10 +8,10 @@ The sending end is deployments/engine/replica.py. Free of Ray: `ReplicaTransport
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from itertools import chain, count, islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -115,14 +115,14 @@ class ReplicaStream:
                 self._reader.cancel()
                 await asyncio.wait([self._reader])
 
-    async def submit(self, generations: list[Generation]) -> list[Generation]:
-        """Send generations to the replica; their tokens come through `Generation.deliver`.
+    def submit(self, generations: list[Generation]) -> Coroutine[Any, Any, list[Generation]]:
+        """Send generations to the replica; their tokens come through `Generation.deliver`. They count as its own from
+        now on, so that of requests that come at the same moment not all choose the same replica.
 
-        Returns those that the replica refused because its queue is full. Those that are lost with the stream while
-        the call is under way go to `on_lost` as all others on it do. A call that fails for any other reason fails
-        its own generations and leaves the others alone.
+        The result are those that the replica refused because its queue is full. Those that are lost with the stream
+        while the call is under way go to `on_lost` as all others on it do. A call that fails for any other reason
+        fails its own generations and leaves the others alone.
         """
-        connection = self._connection
         numbered: dict[int, Generation] = {}
         for generation in generations:
             if generation.ended:
@@ -130,11 +130,14 @@ class ReplicaStream:
             self._numbers += 1
             generation.placement = Placement(self, self._numbers)
             numbered[self._numbers] = generation
-        if not numbered:
-            return []
         self.generations |= numbered
         self._unreported += len(numbered)
         self._submitting |= numbered.keys()
+        return self._submit(numbered, self._connection)
+
+    async def _submit(self, numbered: dict[int, Generation], connection: int) -> list[Generation]:
+        if not numbered:
+            return []
         statuses: list[SubmissionStatus] | None = None
         try:
             submissions = [msgspec.Raw(pack(generation.submission(number))) for number, generation in numbered.items()]

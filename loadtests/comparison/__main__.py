@@ -54,7 +54,7 @@ def main() -> None:
     if options.render:
         write_section(_ROOT / "docs", [json.loads(file.read_text()) for file in options.render])
         return
-    rounds, seconds = (1, 1.0) if options.quick else (options.rounds, options.seconds)
+    rounds, seconds = (1, 3.0) if options.quick else (options.rounds, options.seconds)
     file = _ROOT / "build" / "comparison" / f"{options.engine}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     run = _run(options.engine, rounds, seconds, _names(options.systems), _names(options.levels), file)

@@ -23,6 +23,7 @@ from deployments.ingress.meter_client import MeterClient
 from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, save_letter_tokenizer
 from tests.deployments.ingress.memory_meter import USER_KEY, MemoryMeter
 from tests.deployments.ingress.memory_replicas import LIMITS, SETTINGS, MemoryReplica, replicas_of
+from tests.deployments.ingress.virtual_time import write_rounds
 
 __all__ = ["BODY_LIMIT_BYTES", "Exchange", "Gateway", "events", "gateway", "meter_client_of"]
 
@@ -98,7 +99,12 @@ async def gateway(
 
         async def open_pool(entry: CatalogEntry) -> EnginePool:
             pool = EnginePool(
-                entry.name, engines.__getitem__, ingress_id="i", limits=entry.limits, note=meter_client.note
+                entry.name,
+                engines.__getitem__,
+                ingress_id="i",
+                limits=entry.limits,
+                rounds=write_rounds(),
+                note=meter_client.note,
             )
             pool.replicas_changed(frozenset(engines))
             return pool

@@ -27,6 +27,7 @@ from deployments.engine.simulator import Simulator, SimulatorSettings
 from deployments.ingress.engine_pool import EnginePool, PoolLimits
 from deployments.ingress.replica_stream import ReplicaLost, ReplicaTransport
 from tests.deployments.accounts import RecordedOutbox
+from tests.deployments.ingress.virtual_time import write_rounds
 
 __all__ = [
     "LIMITS",
@@ -252,7 +253,7 @@ async def opened_pool(
     def connect(replica_id: str) -> ReplicaTransport:
         return replicas[replica_id]
 
-    pool = EnginePool("m", connect, ingress_id="i", limits=limits, note=notes.note)
+    pool = EnginePool("m", connect, ingress_id="i", limits=limits, rounds=write_rounds(), note=notes.note)
     pool.replicas_changed(frozenset(replicas))
     with capture_logs() as logs:
         try:

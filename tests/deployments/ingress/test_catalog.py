@@ -17,7 +17,7 @@ from deployments.ingress.replica_stream import SILENCE_LIMIT_S
 from tests.deployments.accounts import RecordedOutbox
 from tests.deployments.ingress.letter_tokenizer import save_letter_tokenizer
 from tests.deployments.ingress.memory_replicas import LIMITS, ScriptedReplica
-from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, write_rounds
 
 
 class Serve:
@@ -36,7 +36,12 @@ class Serve:
 
     async def open_pool(self, entry: CatalogEntry) -> EnginePool:
         pool = EnginePool(
-            entry.name, lambda _replica: self.replica, ingress_id="i", limits=entry.limits, note=RecordedOutbox().note
+            entry.name,
+            lambda _replica: self.replica,
+            ingress_id="i",
+            limits=entry.limits,
+            rounds=write_rounds(),
+            note=RecordedOutbox().note,
         )
         pool.replicas_changed(frozenset({"r0"}))
         self.pools.setdefault(entry.name, []).append(pool)

@@ -26,7 +26,7 @@ from tests.deployments.ingress.memory_replicas import (
     replicas_of,
     undisturbed,
 )
-from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, run_in_virtual_time
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, run_in_virtual_time, write_rounds
 
 PROMPT = [1, 2, 3]
 _request_numbers = count()
@@ -49,7 +49,7 @@ class Request:
     ends: int = 0
 
     def __post_init__(self) -> None:
-        self.mailbox = Mailbox()
+        self.mailbox = Mailbox(write_rounds())
         self.generation = Generation(
             account(f"req-{next(_request_numbers)}"), "Meter", 0, self.prompt, self.sampling, self.mailbox
         )
@@ -174,6 +174,28 @@ async def test_the_choices_of_one_request_are_spread() -> None:
         for request in requests:
             await request.until_ended()
             request.assert_undisturbed()
+
+
+@in_virtual_time
+async def test_requests_that_come_at_the_same_moment_are_spread() -> None:
+    scripted = {f"r{number}": ScriptedReplica() for number in range(4)}
+    async with opened_pool(scripted) as pool:
+        await quiet()
+        for _ in range(40):
+            start(pool)
+        await quiet()
+    assert [len(replica.submissions) for replica in scripted.values()] == [10] * 4
+
+
+@in_virtual_time
+async def test_a_large_pool_is_used_evenly_though_few_of_it_are_looked_at() -> None:
+    scripted = {f"r{number}": ScriptedReplica() for number in range(200)}
+    async with opened_pool(scripted) as pool:
+        await quiet()
+        for _ in range(2000):
+            start(pool)
+        await quiet()
+    assert max(len(replica.submissions) for replica in scripted.values()) <= 15  # ten on average
 
 
 @in_virtual_time
@@ -385,7 +407,7 @@ async def test_a_generation_that_gains_a_token_between_losses_is_never_given_up(
 
 @in_virtual_time
 async def test_what_a_lost_replica_made_is_noted_unless_its_request_is_settled() -> None:
-    notes, mailbox = RecordedOutbox(), Mailbox()
+    notes, mailbox = RecordedOutbox(), Mailbox(write_rounds())
     use = account("two-choices", prompt_tokens=len(PROMPT), choices=2)
     async with replicas_of(2) as replicas, opened_pool(replicas, notes=notes) as pool:
         await quiet()

@@ -14,7 +14,7 @@ from deployments.ingress.generation import Generation, Mailbox, News
 from deployments.ingress.replica_stream import SILENCE_LIMIT_S, ReplicaLost, ReplicaStream
 from tests.deployments.accounts import account
 from tests.deployments.ingress.memory_replicas import ScriptedReplica
-from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, write_rounds
 
 
 class Owner:
@@ -42,7 +42,7 @@ async def running(replica: ScriptedReplica) -> AsyncIterator[Owner]:
 
 
 def generation() -> Generation:
-    return Generation(account("req"), "Meter", 0, [1, 2], Sampling(max_tokens=5), Mailbox())
+    return Generation(account("req"), "Meter", 0, [1, 2], Sampling(max_tokens=5), Mailbox(write_rounds()))
 
 
 def now() -> float:
@@ -152,7 +152,7 @@ async def test_a_missing_message_gives_the_replica_up_before_a_token_is_lost() -
 async def test_everything_that_a_delta_tells_reaches_the_mailbox_of_its_generation() -> None:
     replica = ScriptedReplica()
     async with running(replica) as owner:
-        mailbox = Mailbox()
+        mailbox = Mailbox(write_rounds())
         first = Generation(
             account("req"), "Meter", 3, [1, 2], Sampling(max_tokens=5, logprobs=1, prompt_logprobs=0), mailbox
         )

@@ -18,7 +18,7 @@ from deployments.ingress.tokenization import Tokenization
 from tests.deployments.accounts import RecordedOutbox
 from tests.deployments.ingress.memory_gateway import Gateway, gateway
 from tests.deployments.ingress.memory_replicas import LIMITS
-from tests.deployments.ingress.virtual_time import in_virtual_time, run_in_virtual_time
+from tests.deployments.ingress.virtual_time import in_virtual_time, run_in_virtual_time, write_rounds
 
 HELLO = [9, 6, 13, 13, 16]
 
@@ -137,7 +137,14 @@ async def tokenization_of(folder: Path) -> Tokenization:
         return frozenset(["model-m"])
 
     async def open_pool(entry: CatalogEntry) -> EnginePool:
-        return EnginePool(entry.name, _no_replica, ingress_id="i", limits=entry.limits, note=RecordedOutbox().note)
+        return EnginePool(
+            entry.name,
+            _no_replica,
+            ingress_id="i",
+            limits=entry.limits,
+            rounds=write_rounds(),
+            note=RecordedOutbox().note,
+        )
 
     catalog = Catalog(existing, open_pool)
     await catalog.replace(

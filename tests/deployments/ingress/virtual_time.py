@@ -13,7 +13,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
-__all__ = ["in_virtual_time", "quiet", "run_in_virtual_time"]
+from deployments.ingress.write_rounds import WriteRounds
+
+__all__ = ["in_virtual_time", "quiet", "run_in_virtual_time", "write_rounds"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,3 +100,8 @@ def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P,
 async def quiet() -> None:
     """Returns when everything that can happen now has happened."""
     await asyncio.sleep(1e-6)
+
+
+def write_rounds() -> WriteRounds:
+    """On the loop's clock, on which no round takes any time."""
+    return WriteRounds(lambda: asyncio.get_running_loop().time())
