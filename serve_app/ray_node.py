@@ -96,6 +96,7 @@ class RayNode:
     def start(cls, config: ClusterConfig, home: Path) -> RayNode:
         """Start Ray's processes for `config` on this machine. Raises RayNodeError."""
         section = config.cluster
+        _check_free(section.http.host, section.http.port)
         token_file = home / "ray.token"
         if not token_file.exists():
             write_secret(token_file, secrets.token_hex(32))
@@ -245,6 +246,19 @@ def write_secret(path: Path, text: str) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises RayNodeError when something listens there: HAProxy would fail much later, and at length."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing are no obstacle
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise RayNodeError(
+                f"cannot listen on {host}:{port} ({error.strerror}). End what listens there, or choose another port "
+                "with --port N or cluster.http.port."
+            ) from error
 
 
 def _free_port() -> int:

@@ -15,6 +15,7 @@ import structlog
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
 
 from deployments.contracts import Settlement, Submission, pack, unpack
 from deployments.engine.engine import Engine
@@ -27,6 +28,7 @@ from deployments.logging import configure_logging, log_targets_kept
 from deployments.meter.meter_transport import MeterUnreachable, ServeMeter
 from deployments.meter.shards import GATEWAY, meter_names
 from deployments.settlement_outbox import SettlementOutbox
+from deployments.step_connection import StepServer
 from serve_app.config import ModelConfig, SimulatedEngineConfig
 from serve_app.model_source import prepare_model
 
@@ -101,6 +103,8 @@ class EngineDeployment:
         self._outbox = SettlementOutbox(Path(home) / "outbox", replica_id, self._settle)
         await self._outbox.start()
         self._replica = EngineReplica(engine, Orphanage(self._outbox))
+        self._step_server = StepServer(self._replica.steps)
+        await self._step_server.start(get_node_ip_address())
 
     async def _settle(self, meter: str, settlements: list[Settlement]) -> None:
         if meter not in self._meters:
@@ -112,9 +116,11 @@ class EngineDeployment:
             raise
 
     async def steps(self, stream_id: str, *, target: str) -> AsyncGenerator[bytes, None]:
-        async with aclosing(self._replica.steps(stream_id)) as steps:
-            async for step in steps:
-                yield step
+        """Yields a packed `StepTicket`, and lasts as long as the stream that it leads to: Serve does not stop a replica
+        that has calls under way."""
+        async with aclosing(self._step_server.line(stream_id)) as tickets:
+            async for ticket in tickets:
+                yield pack(ticket)
 
     async def submit(self, stream_id: str, submissions: bytes, released: list[str], *, target: str) -> list[str]:
         return list(self._replica.submit(stream_id, unpack(submissions, list[Submission]), released))
@@ -136,5 +142,6 @@ class EngineDeployment:
         return None if replica is None else self._shut_down(replica)
 
     async def _shut_down(self, replica: EngineReplica) -> None:
+        self._step_server.close()
         await replica.shutdown()
         await self._outbox.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from typing import Any, cast
 
 import grpc
@@ -12,16 +13,17 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.contracts import SubmissionStatus
+from deployments.contracts import SubmissionStatus, unpack
 from deployments.engine.engine import EngineError
 from deployments.engine.replica_directory import ReplicaGone
 from deployments.ingress.replica_stream import ReplicaLost
+from deployments.step_connection import StepTicket, received_steps
 
 __all__ = ["ServePools", "ServeReplica"]
 
-_UNREACHABLE = (RayError, RayServeException, grpc.RpcError, ReplicaGone, EngineError)
+_UNREACHABLE = (RayError, RayServeException, grpc.RpcError, ReplicaGone, EngineError, OSError)
 """What a Serve call raises when the other side is gone, going, or failed: gRPC's errors and those of the called method
-come through bare."""
+come through bare; and a connection."""
 
 
 _PROBE_LIMIT_S = 0.2
@@ -39,8 +41,12 @@ class ServeReplica:
     async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
         response = self._stream_handle.steps.remote(stream_id, target=self._replica_id)
         try:
-            async for message in response:
-                yield message
+            ticket = await anext(response, None)
+            if ticket is None:
+                raise ReplicaLost("no ticket")
+            async with aclosing(received_steps(unpack(ticket, StepTicket))) as steps:
+                async for message in steps:
+                    yield message
         except _UNREACHABLE as error:
             raise ReplicaLost(type(error).__name__) from error
         finally:

@@ -34,14 +34,15 @@ async def _all_streams(cluster: RunningCluster, model: str, prompts: list[str]) 
 
 
 async def _busiest(cluster: RunningCluster, model: str) -> str:
-    """Replica with the most generations, once at least half of the streams run at the same time."""
+    """Replica with the most generations, once it has enough of them."""
     busiest = ""
 
     async def most_run() -> bool:
         nonlocal busiest
         loads = await cluster.loads(model)
-        busiest = max(loads, key=lambda load: load["running"])["id"]
-        return sum(int(load["running"]) for load in loads) >= STREAMS // 2
+        most = max(loads, key=lambda load: load["running"])
+        busiest = most["id"]
+        return int(most["running"]) >= STREAMS // 8
 
     await eventually(most_run, 20.0, every_s=0.01)
     return busiest
