@@ -7,6 +7,7 @@ ARGS ?=
 SCENARIO ?= chat
 URL ?=
 MODEL ?=
+DURATION ?=
 
 BIN := .venv/bin
 CPU := .venv/.cpu-installed
@@ -31,8 +32,13 @@ test-unit: $(DEV) ## run the tests that need neither Ray, vLLM nor PostgreSQL; A
 faults: $(DEV) ## kill processes under load for 10 minutes, then audit the ledger; ARGS="--seed 2 --seconds 60", ARGS=--vllm
 	$(BIN)/python -m tests.faults.campaign $(ARGS)
 
-load: $(DEV) ## load test with a report; SCENARIO=chat, URL= and MODEL= of a running server, its key in MILLSTREAM_KEY; ARGS=--help
-	$(BIN)/python -m loadtests.run_load $(SCENARIO) $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+# KEY reaches it through the environment: others can read a command line, and make would print it.
+ifdef KEY
+load: export MILLSTREAM_KEY = $(KEY)
+endif
+load: $(DEV) ## load test with a report; SCENARIO=chat (help lists them), URL=, KEY= and MODEL= of a running server, DURATION=seconds
+	$(BIN)/python -m loadtests.run_load $(SCENARIO) $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) \
+		$(if $(DURATION),--seconds $(DURATION)) $(ARGS)
 
 compare: $(PEERS) ## measure Millstream beside its peers, half an hour, tables into docs/performance.md; ARGS=--help
 	$(BIN)/python -m loadtests.comparison $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import time
 from collections import Counter
@@ -12,12 +13,18 @@ from typing import Any, Final
 
 import jinja2
 import msgspec
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
-from loadtests.token_metrics import Distribution, TokenMetrics
+from loadtests.endpoint import Served
+from loadtests.token_metrics import Distribution, Interval, TokenMetrics
 
 __all__ = ["Report", "Sample", "html", "write_report"]
 
 _TEMPLATE: Final = Path(__file__).with_name("load_report.html.j2")
+_LATE_S: Final = 0.05
+"""When 1% of the requests are sent later than that after their time, the report warns."""
 _PERCENTS: Final = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 
 
@@ -47,9 +54,11 @@ class Report(msgspec.Struct, kw_only=True):
     scenario: str
     description: str
     host: str
-    model: str
+    served: Served
     metrics: TokenMetrics
     samples: list[Sample] = []
+    generator_busy: bool = False
+    """Locust was short of CPU time at some moment."""
 
 
 def write_report(report: Report, file: Path) -> None:
@@ -62,18 +71,27 @@ def write_report(report: Report, file: Path) -> None:
 
 def html(report: Report) -> str:
     metrics = report.metrics
-    began = min(metrics.seconds, default=0)
+    began = min(metrics.timeline, default=0)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["figure"] = lambda value: f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+    environment.filters["percentile"] = _percentile
     return environment.from_string(_TEMPLATE.read_text()).render(
         report=report,
+        metrics=metrics,
         began=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
-        seconds=len(metrics.seconds),
+        duration=f"{metrics.duration_s:,} s",
         percents=_PERCENTS,
         latencies=_latencies(metrics),
+        too_late=metrics.late_s.percentile(99) > _LATE_S,
         summary=metrics.summary(),
         errors=sorted(metrics.errors.items(), key=lambda each: -each[1]),
         plots=_plots(report, began),
     )
+
+
+def _percentile(distribution: Distribution, percent: float, scale: float = 1000.0) -> str:
+    """In milliseconds, if the distribution is in seconds."""
+    return f"{scale * distribution.percentile(percent):,.1f}" if distribution.count else "–"
 
 
 def _latencies(metrics: TokenMetrics) -> list[tuple[str, Distribution]]:
@@ -87,91 +105,109 @@ def _latencies(metrics: TokenMetrics) -> list[tuple[str, Distribution]]:
 def _plots(report: Report, began: int) -> list[tuple[str, str]]:
     """Titles and SVG."""
     metrics = report.metrics
-    times = range(max(metrics.seconds, default=began) - began + 1)
-
-    def each_second(field: str) -> list[int]:
-        return [getattr(metrics.seconds.get(began + at), field, 0) for at in times]
-
-    begun, ended, failed = each_second("begun"), each_second("ended"), each_second("failed")
-    under_way: list[int] = []
-    for come, gone in zip(begun, ended, strict=True):
-        under_way.append((under_way[-1] if under_way else 0) + come - gone)
+    every_s = metrics.interval_s
+    times = range(0, metrics.duration_s, every_s)
+    intervals = [metrics.timeline.get(began + at) or Interval() for at in times]
+    under_way = list(itertools.accumulate(each.begun - each.ended for each in intervals))
     sampled = [sample.at - began for sample in report.samples]
 
-    def latency(axis: Any) -> None:
+    def latency(axis: Axes) -> None:
+        shares = [step / 200 for step in range(1, 200)] + [0.999]
         for name, distribution in _latencies(metrics):
             if distribution.count:
-                shares = [100 * step / 200 for step in range(1, 200)] + [99.9]
                 # Equal distances for 90, 99 and 99.9%: the tail is what matters.
                 axis.plot(
-                    [-math.log10(1 - share / 100) for share in shares],
-                    [1000 * distribution.percentile(share) for share in shares],
-                    label=name,
+                    [-math.log10(1 - share) for share in shares],
+                    [1000 * distribution.percentile(100 * share) for share in shares],
+                    label=name.lower(),
                 )
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-        axis.set_xticks([-math.log10(1 - share / 100) for share in (50, 90, 99, 99.9)], ["50", "90", "99", "99.9"])
+        axis.set_xticks([-math.log10(1 - share) for share in (0.5, 0.9, 0.99, 0.999)], ["50", "90", "99", "99.9"])
         axis.set_xlabel("percentile")
-        axis.set_ylabel("ms")
+        _milliseconds(axis)
 
-    def throughput(axis: Any) -> None:
-        axis.plot(times, each_second("tokens"), label="completion tokens/s", color="tab:blue")
+    def latency_over_time(axis: Axes) -> None:
+        for name, color in (("first_token_s", "tab:blue"), ("between_tokens_s", "tab:orange")):
+            told = [(at, getattr(each, name)) for at, each in zip(times, intervals, strict=True)]
+            told = [(at, distribution) for at, distribution in told if distribution.count]
+            for percent, style in ((99, ":"), (50, "-")):
+                axis.plot(
+                    [at for at, _ in told],
+                    [1000 * distribution.percentile(percent) for _, distribution in told],
+                    style,
+                    color=color,
+                    label=f"{name.removesuffix('_s').replace('_', ' ')}, p{percent}",
+                )
+        _milliseconds(axis)
+
+    def throughput(axis: Axes) -> None:
+        axis.plot(times, [each.tokens / every_s for each in intervals], label="completion tokens/s")
         axis.set_ylabel("completion tokens/s")
-        other = axis.twinx()
-        other.plot(times, ended, label="requests/s", color="tab:orange", linewidth=1.0)
-        other.set_ylabel("requests/s that end")
-        other.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
 
-    def concurrency(axis: Any) -> None:
-        axis.plot(times, under_way, label="requests under way")
+    def requests(axis: Axes) -> None:
+        axis.plot(times, [each.begun / every_s for each in intervals], label="begun", color="tab:gray")
+        axis.plot(times, [(each.ended - each.failed) / every_s for each in intervals], label="ended well")
+        axis.plot(times, [each.failed / every_s for each in intervals], label="failed", color="tab:red")
+        axis.set_ylabel("requests/s")
+
+    def concurrency(axis: Axes) -> None:
+        axis.plot([at + every_s for at in times], under_way, label="requests under way")
         if sampled:
             axis.plot(sampled, [each.running for each in report.samples], label="running on engines", linewidth=1.0)
             axis.plot(sampled, [each.waiting for each in report.samples], label="waiting at engines", linewidth=1.0)
+        axis.set_ylabel("requests")
 
-    def errors(axis: Any) -> None:
-        axis.bar(times, failed, width=1.0, color="tab:red", label="failed requests/s")
-        axis.set_ylim(top=max(1, *failed) * 1.1)
+    def replicas(axis: Axes) -> None:
+        known = report.samples[-1].replicas
+        for model in [report.served.model] if report.served.model in known else sorted(known):
+            axis.step(sampled, [each.replicas.get(model, 0) for each in report.samples], where="post", label=model)
+        axis.set_ylim(top=max(1, *(count for each in report.samples for count in each.replicas.values())) * 1.3)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylabel("replicas")
 
-    def replicas(axis: Any) -> None:
-        counts = [sample.replicas.get(report.model, 0) for sample in report.samples]
-        axis.step(sampled, counts, where="post", label=report.model)
-        axis.set_ylim(top=max(counts) + 1)
-        axis.yaxis.get_major_locator().set_params(integer=True)
-
-    drawings: list[tuple[str, Callable[[Any], None]]] = [
+    drawings: list[tuple[str, Callable[[Axes], None]]] = [
         ("Latency by percentile", latency),
+        ("Latency over time", latency_over_time),
         ("Throughput", throughput),
+        ("Requests and errors", requests),
         ("Concurrency", concurrency),
-        ("Errors", errors),
     ]
     if sampled:
         drawings.append(("Replicas in rotation", replicas))
-    return [(title, _svg(draw, over_time=draw is not latency)) for title, draw in drawings]
+    return [(title, _svg(draw, metrics.duration_s if draw is not latency else None)) for title, draw in drawings]
 
 
-def _svg(draw: Callable[[Any], None], *, over_time: bool) -> str:
-    import matplotlib as mpl  # takes a second: not before there is something to draw
+def _milliseconds(axis: Axes) -> None:
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel("ms")
 
-    mpl.use("svg")
-    from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7.2, 3.4), layout="constrained")
+def _svg(draw: Callable[[Axes], None], over_s: int | None) -> str:
+    """`over_s`: how long the time on its horizontal axis is."""
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axis = figure.subplots()
     draw(axis)
     axis.grid(visible=True, alpha=0.25)
-    if over_time:
-        axis.set_xlabel("seconds since the start")
-        axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
-    lines = [found for each in figure.axes for found in zip(*each.get_legend_handles_labels(), strict=True)]
-    if lines:
-        figure.legend(
-            [line for line, _ in lines],
-            [label for _, label in lines],
-            loc="outside lower center",
-            ncols=4,
-            frameon=False,
-        )
+    axis.spines[["top", "right"]].set_visible(False)
+    if over_s is not None:
+        unit_s, unit = (1, "seconds") if over_s <= 300 else (60, "minutes") if over_s <= 4 * 3600 else (3600, "hours")
+        axis.set_xlabel(f"{unit} since the start")
+        axis.xaxis.set_major_locator(MultipleLocator(unit_s * _step(over_s / unit_s)))
+        axis.xaxis.set_major_formatter(lambda at, _: f"{at / unit_s:g}")
+        axis.set_xlim(0, over_s)
+        if axis.get_yscale() == "linear":
+            axis.set_ylim(bottom=0, top=max(1.0, axis.get_ylim()[1]))
+    if lines := len(axis.get_legend_handles_labels()[0]):
+        figure.legend(loc="outside lower center", ncols=2 if lines == 4 else 3, frameon=False)
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    pyplot.close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _step(length: float) -> float:
+    """Between ticks, a round one of which six to twelve fit."""
+    return next((step for step in (1, 2, 5, 10, 20, 30, 60, 120) if length / step <= 12), length / 10)

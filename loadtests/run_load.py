@@ -47,8 +47,9 @@ def main() -> None:
     parser.add_argument("scenario", help="one of those below, a .yaml file, or help")
     parser.add_argument("--url", help="of the server, such as http://127.0.0.1:8000; without one a cluster is started")
     parser.add_argument("--key", default=os.environ.get("MILLSTREAM_KEY", ""), help="API key; or MILLSTREAM_KEY")
-    parser.add_argument("--model", default="sim-a")
-    parser.add_argument("--seconds", type=float, help="stretch or shorten the scenario to so long")
+    parser.add_argument("--model", default="", help="to ask for; else the first of /v1/models")
+    parser.add_argument("--seconds", type=float, default=0.0, help="stretch or shorten the scenario to so long")
+    parser.add_argument("--insecure", action="store_true", help="take any TLS certificate")
     parser.add_argument("--processes", type=int, default=0, help="locust workers; a process makes some 5,000 tokens/s")
     options = parser.parse_args()
     if options.scenario == "help":
@@ -103,7 +104,7 @@ def _locust(target: _Target, options: argparse.Namespace, file: Path) -> int:
         *(sys.executable, "-m", "locust", "-f", str(_ROOT / "loadtests" / "locustfile.py"), "--headless"),
         *("--only-summary", "--stop-timeout", str(_FINISH_S), "--host", target.url, "--scenario", options.scenario),
         *("--model", target.model, "--report", str(file)),
-        *(("--seconds", str(options.seconds)) if options.seconds else ()),
+        *("--seconds", str(options.seconds), *(["--insecure"] if options.insecure else [])),
         *(("--processes", str(options.processes)) if options.processes else ()),
     ]
     environment = {**os.environ, "MILLSTREAM_KEY": target.key}  # not on the command line, which others can read
@@ -112,16 +113,17 @@ def _locust(target: _Target, options: argparse.Namespace, file: Path) -> int:
 
 def _show(file: Path) -> None:
     report = msgspec.json.decode(file.with_suffix(".json").read_bytes(), type=Report)
-    table = Table(title=f"{report.scenario}: {report.description}")
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in report.metrics.summary().items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.1f}")
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"\n{report.scenario}: {report.description}")
     console.print(table)
     for reason, count in report.metrics.errors.items():
         console.print(f"{count} failed: {reason}")
-    console.print(f"report: {os.path.relpath(file)}  (figures: {os.path.relpath(file.with_suffix('.json'))})")
+    console.print(f"report:  {os.path.relpath(file)}\nfigures: {os.path.relpath(file.with_suffix('.json'))}")
 
 
 if __name__ == "__main__":

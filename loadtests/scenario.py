@@ -7,8 +7,10 @@ became of those before; Poisson arrivals, or a trace. Free of locust.
 from __future__ import annotations
 
 import csv
+import math
 import random
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -85,7 +87,7 @@ class Open(_Model):
 
 class Trace(_Model):
     file: Path
-    """CSV with the columns at_s, prompt_tokens, max_tokens; beside the scenario if it is relative."""
+    """CSV with the columns at_s, prompt_tokens, max_tokens, in any order; beside the scenario if it is relative."""
     speed: PositiveFloat = 1.0
     max_open: PositiveInt = 2000
 
@@ -114,7 +116,7 @@ class Scenario(_Model):
     def seconds(self) -> float:
         """From the first request that may come to the last."""
         if self.trace is not None:
-            return max((arrival.at_s for arrival in _trace(self.trace)), default=0.0)
+            return _rows(self.trace.file)[-1].at_s / self.trace.speed
         section = self.closed or self.open
         assert section is not None
         return sum(stage.seconds for stage in section.stages)
@@ -126,9 +128,9 @@ class Scenario(_Model):
         assert section is not None
         return section.max_open
 
-    def scaled(self, seconds: float | None) -> Scenario:
-        """The same shape within `seconds`."""
-        if seconds is None or not self.seconds:
+    def scaled(self, seconds: float) -> Scenario:
+        """The same shape within `seconds`; as it is for 0."""
+        if not seconds or not self.seconds:
             return self
         factor = seconds / self.seconds
         if self.trace is not None:
@@ -137,6 +139,11 @@ class Scenario(_Model):
         section = getattr(self, way)
         stages = [stage.model_copy(update={"seconds": stage.seconds * factor}) for stage in section.stages]
         return self.model_copy(update={way: section.model_copy(update={"stages": stages})})
+
+    @property
+    def interval_s(self) -> int:
+        """Of the timeline: some 600 points, however long it takes."""
+        return max(1, math.ceil(self.seconds / 600))
 
     def kind(self, source: random.Random) -> Kind:
         """One of `requests`, by weight."""
@@ -163,18 +170,41 @@ def arrivals(scenario: Scenario, seed: int) -> Iterator[Arrival]:
             begins_s += stage.seconds
 
 
+class _Row(NamedTuple):
+    at_s: float
+    prompt_tokens: int
+    max_tokens: int
+
+
 def _trace(trace: Trace) -> Iterator[Arrival]:
+    for row in _rows(trace.file):
+        prompt, most = (Range(min=tokens, max=tokens) for tokens in (row.prompt_tokens, row.max_tokens))
+        yield Arrival(row.at_s / trace.speed, Kind(prompt_tokens=prompt, max_tokens=most))
+
+
+@lru_cache(maxsize=1)
+def _rows(file: Path) -> tuple[_Row, ...]:
+    """At least one, by time. Raises ScenarioError."""
+    advice = "A trace is a CSV file with the columns at_s, prompt_tokens and max_tokens, none below 0, 1 and 1."
+    rows: list[_Row] = []
     try:
-        with trace.file.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                prompt, most = (
-                    Range(min=int(row[name]), max=int(row[name])) for name in ("prompt_tokens", "max_tokens")
-                )
-                yield Arrival(float(row["at_s"]) / trace.speed, Kind(prompt_tokens=prompt, max_tokens=most))
-    except (OSError, KeyError, ValueError) as error:
-        raise ScenarioError(
-            f"{trace.file}: {error!r}. A trace is a CSV file with the columns at_s, prompt_tokens and max_tokens."
-        ) from error
+        with file.open(newline="") as lines:
+            reader = csv.DictReader(lines)
+            for fields in reader:
+                row = _Row(float(fields["at_s"]), int(fields["prompt_tokens"]), int(fields["max_tokens"]))
+                if not (0 <= row.at_s < math.inf and row.prompt_tokens >= 1 and row.max_tokens >= 1):
+                    told = ",".join(str(each) for each in row)
+                    raise ScenarioError(f"{file}, line {reader.line_num}: {told} is out of range. {advice}")
+                rows.append(row)
+    except KeyError as error:
+        raise ScenarioError(f"{file}: there is no column {error}. {advice}") from error
+    except (ValueError, TypeError) as error:
+        raise ScenarioError(f"{file}, line {reader.line_num}: {error}. {advice}") from error
+    except OSError as error:
+        raise ScenarioError(f"{file}: {error.strerror}. {advice}") from error
+    if not rows:
+        raise ScenarioError(f"{file}: there is not a single arrival. {advice}")
+    return tuple(sorted(rows))
 
 
 def scenario_files() -> list[Path]:
@@ -201,4 +231,6 @@ def load_scenario(name: str) -> Scenario:
     if scenario.trace is not None and not scenario.trace.file.is_absolute():
         trace = scenario.trace.model_copy(update={"file": file.parent / scenario.trace.file})
         scenario = scenario.model_copy(update={"trace": trace})
+    if scenario.trace is not None:
+        _rows(scenario.trace.file)  # wrong here rather than in the middle of a run
     return scenario

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from loadtests.comparison.load import Endpoint, Outcome, load
-from loadtests.comparison.measure import Figures, percentile
+from loadtests.comparison.measure import Figures, Level, measure, percentile
 from loadtests.comparison.report import tables, write_section
+from serve_app.ray_node import RayNode
+from tests.conftest import RunningCluster
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
@@ -168,6 +170,19 @@ async def test_every_request_of_many_clients_counts() -> None:
 )
 def test_percentiles_are_of_the_nearest_rank(values: Sequence[float], percent: float, expected: float) -> None:
     assert percentile(array("d", values), percent) == expected
+
+
+@pytest.mark.cluster
+async def test_a_running_cluster_is_measured(simulated_cluster: RunningCluster) -> None:
+    node = RayNode.running(simulated_cluster.home)
+    assert node is not None
+    endpoint = Endpoint(f"{simulated_cluster.url}/v1/completions", "sim-a", simulated_cluster.key)
+    figures = await measure(endpoint, node.cluster_id, Level("8", 8, 20, requests=40), seconds=1.0)
+    assert (figures.requests, figures.errors) == (40, {})
+    assert 0 < figures.first_token_ms <= figures.first_token_p99_ms < 5000
+    assert 0 <= figures.bunched_percent <= 100
+    assert figures.cpu_s_per_100k_tokens > 0
+    assert figures.memory_mib > 500  # Ray's processes and the replicas
 
 
 def run_of(**tokens_per_s: list[float]) -> dict[str, Any]:

@@ -1,113 +1,23 @@
-"""What a load test counts: each completion's checks, distributions that add up, and the report made of them."""
+"""What a load test counts: distributions that add up, the report made of them, and locust itself on a cluster."""
 
 from __future__ import annotations
 
 import csv
-import json
 import random
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any
 
 import msgspec
 import pytest
-from geventhttpclient import HTTPClient
 
-from loadtests.completions import Failed, Request, complete
+from loadtests.endpoint import Served
 from loadtests.load_report import Report, Sample, html, write_report
+from loadtests.prompts import Lengths
 from loadtests.token_metrics import Distribution, TokenMetrics
 from tests.conftest import ROOT, RunningCluster
-
-DONE = "data: [DONE]\n\n"
-
-
-def event(text: str | None = None, tokens: int | None = None) -> str:
-    choices = [] if text is None else [{"index": 0, "text": text}]
-    usage = None if tokens is None else {"prompt_tokens": 7, "completion_tokens": tokens}
-    return f"data: {json.dumps({'choices': choices, 'usage': usage})}\n\n"
-
-
-class Server:
-    """Answers every request the same, as geventhttpclient would hand it out."""
-
-    def __init__(self, answer: Sequence[str], status: int = 200) -> None:
-        self.status_code = status
-        self._answer = list(answer)
-        self.asked: dict[str, Any] = {}
-
-    def request(self, _method: str, _path: str, body: str, headers: dict[str, str]) -> Self:
-        self.asked = json.loads(body)
-        return self
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def readline(self, _separator: bytes) -> bytes:
-        return self._answer.pop(0).encode() if self._answer else b""
-
-    def read(self) -> bytes:
-        return "".join(self._answer).encode()
-
-
-def ask(server: Server, metrics: TokenMetrics, **fields: Any) -> Any:
-    request = Request(**{"model": "m", "prompt": "p", "prompt_tokens": 6, "max_tokens": 2, **fields})
-    return complete(cast(HTTPClient, server), "/v1/completions", {}, request, metrics)
-
-
-def test_a_stream_is_timed_and_counted() -> None:
-    metrics = TokenMetrics()
-    server = Server([": keep-alive\n\n", event("one "), event(""), event("two"), event(tokens=2), DONE])
-    done = ask(server, metrics)
-    assert (done.text, done.prompt_tokens, done.completion_tokens) == ("one two", 7, 2)
-    assert server.asked["stream_options"] == {"include_usage": True}
-    assert (metrics.requests, metrics.failed, metrics.first_token_s.count, metrics.between_tokens_s.count) == (
-        1,
-        0,
-        1,
-        1,
-    )
-    assert (metrics.asked_prompt_tokens, metrics.prompt_tokens, metrics.completion_tokens) == (6, 7, 2)
-    assert sum(second.tokens for second in metrics.seconds.values()) == 2
-    assert sum(second.begun - second.ended for second in metrics.seconds.values()) == 0
-
-
-def test_an_answer_in_one_piece_is_counted() -> None:
-    metrics = TokenMetrics()
-    answer = {"choices": [{"text": "ab"}], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}
-    assert ask(Server([json.dumps(answer)]), metrics, stream=False).completion_tokens == 2
-    assert (metrics.completion_tokens, metrics.first_token_s.count) == (2, 0)
-
-
-@pytest.mark.parametrize(
-    ("answer", "status", "reason"),
-    [
-        ([event("a"), event(tokens=2)], 200, "the stream ended without [DONE]"),
-        ([event("a"), DONE], 200, "the stream told no usage"),
-        ([event("a"), event(tokens=1), DONE], 200, "not as many tokens as were asked for"),
-        ([event("a"), event(tokens=3), DONE], 200, "not as many tokens as were asked for"),
-        (['data: {"error": {"code": "overloaded"}}\n\n'], 200, "error in the stream: overloaded"),
-        (['{"error": {"type": "rate_limit_exceeded"}}'], 429, "429: rate_limit_exceeded"),
-        (["<html>"], 502, "502: no OpenAI error"),
-    ],
-)
-def test_what_is_wrong_with_an_answer_is_counted_by_its_reason(answer: list[str], status: int, reason: str) -> None:
-    metrics = TokenMetrics()
-    with pytest.raises(Failed, match=reason.replace("[", r"\[")):
-        ask(Server(answer, status), metrics)
-    assert metrics.errors == {reason: 1}
-    assert (metrics.requests, metrics.completion_tokens) == (1, 0)
-
-
-def test_fewer_tokens_are_right_where_the_model_may_stop() -> None:
-    metrics = TokenMetrics()
-    ask(Server([event("a"), event(tokens=1), DONE]), metrics, exact_tokens=False)
-    assert metrics.failed == 0
-    with pytest.raises(Failed, match="more than as many tokens"):
-        ask(Server([event("a"), event(tokens=3), DONE]), metrics, exact_tokens=False)
 
 
 def test_percentiles_are_right_within_a_percent_and_a_half() -> None:
@@ -127,7 +37,12 @@ def test_metrics_of_several_processes_add_up() -> None:
     for number in range(30):
         for metrics in (together, apart[number % 3]):
             metrics.end_to_end_s.add(0.125 + number)  # adds up without rounding
-            metrics.second(1000 + number % 4).tokens += number
+            metrics.late_s.add(0.25)
+            metrics.first_token(1000.0 + number % 7, 0.5 + number)
+            metrics.between_tokens(1000.0 + number % 5, 0.5 + number)
+            metrics.at(1000 + number % 4).tokens += number
+            metrics.bunched += 1
+            metrics.abandoned += number
             if number % 5 == 0:
                 metrics.fail(1000.0 + number % 4, "why")
     merged = TokenMetrics()
@@ -136,19 +51,44 @@ def test_metrics_of_several_processes_add_up() -> None:
     assert merged == together
 
 
+def test_a_request_under_way_while_its_process_reports_is_counted_the_next_time() -> None:
+    metrics = TokenMetrics(interval_s=5)
+    under_way = metrics  # what a request counts into is given to it when it begins
+    metrics.fail(1000.0, "before")
+    assert metrics.take().errors == {"before": 1}
+    under_way.fail(1001.0, "after")
+    taken = metrics.take()
+    assert (taken.errors, taken.requests, taken.interval_s) == ({"after": 1}, 1, 5)
+    assert metrics == TokenMetrics(interval_s=5)
+
+
+def test_rates_are_over_all_the_time_and_not_only_where_something_happened() -> None:
+    metrics = TokenMetrics(interval_s=10)
+    for now in (1005.0, 1091.0):
+        metrics.fail(now, "why")
+    assert sorted(metrics.timeline) == [1000, 1090]
+    assert metrics.duration_s == 100
+    assert metrics.summary()["requests/s"] == pytest.approx(0.02)
+
+
 def some_metrics() -> TokenMetrics:
     metrics = TokenMetrics()
     for number in range(1, 50):
-        metrics.second(1000 + number // 5).begun += 1
-        for distribution in (metrics.first_token_s, metrics.between_tokens_s, metrics.end_to_end_s):
-            distribution.add(number / 1000)
+        metrics.at(1000 + number // 5).begun += 1
+        metrics.first_token(1000 + number // 5, number / 1000)
+        metrics.between_tokens(1000 + number // 5, number / 1000)
+        metrics.end_to_end_s.add(number / 1000)
         metrics.requests += 1
-        metrics.second(1001 + number // 5).ended += 1
+        metrics.at(1001 + number // 5).ended += 1
     return metrics
 
 
-def report_of(metrics: TokenMetrics, samples: list[Sample]) -> Report:
-    return Report(scenario="chat", description="d", host="http://h", model="m", metrics=metrics, samples=samples)
+SERVED = Served("m", Lengths(1.3, 1.0), exact_tokens=True, continuous_usage=True)
+
+
+def report_of(metrics: TokenMetrics, samples: list[Sample], **fields: Any) -> Report:
+    given: dict[str, Any] = {"scenario": "chat", "description": "d", "host": "http://h", "served": SERVED, **fields}
+    return Report(metrics=metrics, samples=samples, **given)
 
 
 def test_a_report_needs_nothing_beside_it_and_escapes_what_servers_say(tmp_path: Path) -> None:
@@ -158,22 +98,38 @@ def test_a_report_needs_nothing_beside_it_and_escapes_what_servers_say(tmp_path:
     report = report_of(metrics, [Sample.of(1001.0, cards), Sample.of(1002.0, cards)])
     write_report(report, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert page.count("<svg") == 5
-    assert "Replicas in rotation" in page
+    titles = re.findall("<section><h2>(.*?)</h2><svg", page)
+    assert titles == [
+        *("Latency by percentile", "Latency over time", "Throughput", "Requests and errors", "Concurrency"),
+        "Replicas in rotation",
+    ]
     assert "502: &lt;script&gt;" in page
     assert "src=" not in page
     assert 'href="http' not in page
     assert msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=Report) == report
 
 
-def test_a_report_of_another_server_says_that_replicas_are_unknown() -> None:
-    page = html(report_of(some_metrics(), []))
+def test_a_report_says_what_could_not_be_known() -> None:
+    page = html(report_of(some_metrics(), [], served=Served("m", Lengths(1.3, 1.0), False, False)))
     assert "Replicas over time: not told by this server" in page
-    assert "None: every stream ended with [DONE]" in page
+    assert "ignore_eos is not asked for or not taken" in page
+    assert "chunks tell no tokens" in page
+
+
+def test_a_report_warns_of_a_load_generator_that_was_too_slow() -> None:
+    metrics = some_metrics()
+    for _ in range(100):
+        metrics.late_s.add(0.001)
+    assert "generator was too slow" not in html(report_of(metrics, []))
+    assert "Locust was short of CPU time" in html(report_of(metrics, [], generator_busy=True))
+    metrics.late_s.add(0.5)
+    metrics.late_s.add(0.5)
+    assert "generator was too slow" in html(report_of(metrics, []))
 
 
 def test_a_report_of_nothing_can_be_made() -> None:
-    assert "<svg" in html(report_of(TokenMetrics(), []))
+    page = html(report_of(TokenMetrics(), []))
+    assert "<b>– ms</b>first token, median" in page
 
 
 # --- locust itself ----------------------------------------------------------------------------------------------------

@@ -79,12 +79,36 @@ def test_a_trace_is_followed(tmp_path: Path) -> None:
     assert [arrival.at_s for arrival in arrivals(scenario.scaled(15.0), seed=1)] == pytest.approx([5.0, 15.0])
 
 
-@pytest.mark.parametrize("rows", ["at,tokens\n1,2\n", "at_s,prompt_tokens,max_tokens\nsoon,1,1\n"])
-def test_a_trace_that_cannot_be_read_is_named(tmp_path: Path, rows: str) -> None:
-    (tmp_path / "t.csv").write_text(rows)
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("at,tokens\n1,2\n", r"t\.csv: there is no column 'at_s'"),
+        ("at_s,prompt_tokens,max_tokens\n1,1,1\nsoon,1,1\n", r"t\.csv, line 3: could not convert .*'soon'"),
+        ("at_s,prompt_tokens,max_tokens\n1,2\n", r"t\.csv, line 2: "),
+        ("at_s,prompt_tokens,max_tokens\n-1,1,1\n", r"t\.csv, line 2: .* is out of range"),
+        ("at_s,prompt_tokens,max_tokens\n1,0,1\n", r"t\.csv, line 2: .* is out of range"),
+        ("at_s,prompt_tokens,max_tokens\nnan,1,1\n", r"t\.csv, line 2: .* is out of range"),
+        ("at_s,prompt_tokens,max_tokens\n", r"t\.csv: there is not a single arrival"),
+        (None, r"t\.csv: No such file"),
+    ],
+)
+def test_a_trace_that_cannot_be_followed_is_told_what_is_wrong(tmp_path: Path, rows: str | None, said: str) -> None:
+    if rows is not None:
+        (tmp_path / "t.csv").write_text(rows)
+    with pytest.raises(ScenarioError, match=f"(?s){said}.*columns at_s, prompt_tokens and max_tokens"):
+        load_scenario(written(tmp_path, "description: d\ntrace: {file: t.csv}\n"))
+
+
+def test_a_trace_out_of_order_is_followed_by_time(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("at_s,prompt_tokens,max_tokens\n3.0,30,40\n1.0,10,20\n")
     scenario = load_scenario(written(tmp_path, "description: d\ntrace: {file: t.csv}\n"))
-    with pytest.raises(ScenarioError, match=r"t\.csv: .*columns at_s, prompt_tokens and max_tokens"):
-        list(arrivals(scenario, seed=1))
+    assert [arrival.at_s for arrival in arrivals(scenario, seed=1)] == [1.0, 3.0]
+    assert scenario.seconds == 3.0
+
+
+def test_a_long_run_has_a_coarser_timeline_rather_than_a_longer_one() -> None:
+    assert load_scenario("chat").interval_s == 1
+    assert load_scenario("soak").interval_s == 12
 
 
 def test_scaling_keeps_the_shape() -> None:
