@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,8 +27,11 @@ def event(text: str | None = None, tokens: int | None = None, index: int = 0) ->
     return f"data: {json.dumps({'choices': choices, 'usage': usage})}\n\n"
 
 
-Answer = tuple[int, list[str]]
-"""Status, and the pieces of the body, each written apart."""
+Pieces = Sequence[str | threading.Event]
+"""Of a body, each written apart, an event once it is set."""
+
+Answer = tuple[int, Pieces]
+"""Status and body."""
 
 
 class Server:
@@ -64,11 +67,14 @@ def serving(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[Server]:
             status, pieces = answer(server.asked[-1])
             self.send(pieces, status)
 
-        def send(self, pieces: list[str], status: int) -> None:
+        def send(self, pieces: Pieces, status: int) -> None:
             self.send_response(status)
             self.send_header("transfer-encoding", "chunked")
             self.end_headers()
             for piece in pieces:
+                if isinstance(piece, threading.Event):
+                    assert piece.wait(10.0)
+                    continue
                 if piece is BREAK:
                     self.close_connection = True
                     return
@@ -89,7 +95,7 @@ def serving(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[Server]:
 
 
 @contextmanager
-def always(pieces: list[str], status: int = 200) -> Iterator[Server]:
+def always(pieces: Pieces, status: int = 200) -> Iterator[Server]:
     with serving(lambda _asked: (status, pieces)) as server:
         yield server
 
@@ -116,6 +122,20 @@ def test_texts_that_come_in_one_read_are_one_arrival() -> None:
         server.ask(metrics)
     assert (metrics.first_token_s.count, metrics.between_tokens_s.count, metrics.bunched) == (1, 0, 1)
     assert metrics.bunched_percent == 100
+
+
+def test_texts_that_come_apart_are_as_many_arrivals() -> None:
+    read = threading.Event()
+
+    class Watched(TokenMetrics):
+        def first_token(self, now: float, seconds: float) -> None:
+            super().first_token(now, seconds)
+            read.set()
+
+    metrics = Watched()
+    with always([event("a"), read, event("b"), event(tokens=2), DONE]) as server:
+        server.ask(metrics)
+    assert (metrics.between_tokens_s.count, metrics.bunched) == (1, 0)
 
 
 def test_choices_do_not_shorten_the_time_between_each_others_tokens() -> None:
