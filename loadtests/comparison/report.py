@@ -27,6 +27,7 @@ class _Metric(NamedTuple):
     field: str
     title: str
     digits: int
+    has_ratio: bool = True
 
 
 _METRICS: Final = (
@@ -36,7 +37,9 @@ _METRICS: Final = (
     _Metric("first_token_p99_ms", "First token, p99, ms", 0),
     _Metric("inter_token_ms", "Between arrivals in a stream, median, ms", 1),
     _Metric("inter_token_p99_ms", "Between arrivals in a stream, p99, ms", 1),
-    _Metric("bunched_percent", "Tokens that arrive together with another of their stream, at most, %", 0),
+    _Metric(
+        "bunched_percent", "Tokens that arrive together with another of their stream, at most, %", 0, has_ratio=False
+    ),
     _Metric("memory_mib", "Memory of the whole stack, MiB", 0),
 )
 
@@ -123,7 +126,7 @@ def _row(run: Run, metric: _Metric, system: str, levels: Sequence[str]) -> str:
             spread = max(spread, 100 * (max(values) - min(values)) / median)
         cell = f"{median:,.{metric.digits}f}"
         ours = list(_values(run, metric, MILLSTREAM, level))
-        if system != MILLSTREAM and ours and median:
+        if system != MILLSTREAM and ours and median and metric.has_ratio:
             cell += f" ({statistics.median(ours) / median:.2f}x)"
         cells.append(cell)
     return f"| {system} | " + " | ".join(cells) + f" | {spread:.0f}% |"
@@ -165,6 +168,7 @@ def _plot(run: Run, file: Path) -> None:
         axis.set_yscale("log")
         axis.set_xticks([int(level) for level in levels], levels)
         axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         axis.set_title(metric.title, fontsize=10)
         axis.set_xlabel("streams")
         axis.grid(visible=True, which="major", alpha=0.3)
