@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +11,17 @@ from pathlib import Path
 
 import httpx
 
+from loadtests.comparison.vllm_server import vllm_server_start
+
 __all__ = ["vllm_server"]
 
 
 @contextmanager
 def vllm_server(model: Path, port: int, log: Path, limit_s: float = 240.0) -> Iterator[str]:
     """Its base URL; with the engine settings of tests/clusters/vllm.yaml."""
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-        *("--served-model-name", "smollm2-135m", "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "32"),
-    ]
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    command, environment = vllm_server_start(model, port)
     with log.open("w") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT)
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_up(server, url, log, limit_s)

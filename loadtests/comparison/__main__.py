@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="for which requests are begun, at each level")
     parser.add_argument("--systems", default="", help="only those whose names begin so, separated by commas")
     parser.add_argument("--levels", default="", help="only these, separated by commas")
-    parser.add_argument("--quick", action="store_true", help="one round of a second a level, nothing written to docs/")
+    parser.add_argument("--quick", action="store_true", help="one round, three seconds a level, docs/ as it is")
     parser.add_argument("--render", type=Path, nargs="+", metavar="FILE", help="only write docs/ from earlier runs")
     options = parser.parse_args()
     if options.render:

@@ -22,6 +22,7 @@ import httpx
 import psutil
 
 from loadtests.comparison.load import Endpoint
+from loadtests.comparison.vllm_server import vllm_server_start
 from serve_app.ray_node import RayNode, processes_of
 
 __all__ = ["MILLSTREAM", "Running", "System", "costless_systems", "vllm_systems"]
@@ -168,19 +169,7 @@ def costless_systems(model: Path, packages: list[Path], home: Path) -> list[Syst
 def vllm_systems(model: Path, packages: list[Path], home: Path) -> list[System]:
     """All on vLLM with the settings of loadtests/clusters/vllm.yaml."""
     name = "smollm2-135m"
-    server = _Part(
-        [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-            *("--served-model-name", name, "--host", "127.0.0.1", "--port", str(_UPSTREAM_PORT)),
-            *("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "32"),
-        ],
-        {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        },
-    )
+    server = _Part(*vllm_server_start(model, _UPSTREAM_PORT))
     python_path = {"PYTHONPATH": os.pathsep.join(map(str, packages))}
     return [
         _Millstream("vllm.yaml", name),

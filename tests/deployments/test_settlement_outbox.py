@@ -44,6 +44,15 @@ def abandon(outbox: SettlementOutbox) -> None:
     """What a process that is killed does: nothing but letting go of its files."""
     os.close(outbox._file)
     outbox._file = -1
+    for sender in outbox._senders.values():
+        sender.cancel()
+
+
+async def inherit(folder: Path, meters: Meters) -> None:
+    """What the next process of the node does with what one has left."""
+    heir = SettlementOutbox(folder, "heir", meters.send)
+    await heir.adopt()
+    await heir.close()
 
 
 @in_virtual_time
@@ -117,8 +126,6 @@ async def test_the_file_stays_small_while_a_meter_is_away(tmp_path: Path, monkey
     await heir.adopt()
     assert 1 <= len(heir) < 100  # few of those that were acknowledged stand in it still
     await heir.close(0.0)
-    for sender in outbox._senders.values():
-        sender.cancel()
 
 
 @in_virtual_time
@@ -133,8 +140,6 @@ async def test_what_a_killed_process_left_is_adopted(tmp_path: Path) -> None:
     assert len(heir) == 0  # while its owner lives, the file is its own
     abandon(killed)
     meters.away.clear()
-    for sender in killed._senders.values():
-        sender.cancel()
     await asyncio.sleep(6)
     assert meters.taken == [("Meter", "a")]
     assert files(tmp_path) == {"heir.outbox": 0}
@@ -149,12 +154,8 @@ async def test_a_torn_end_costs_nothing_of_what_is_before_it(tmp_path: Path) -> 
     killed.put("Meter", settlement("a"))
     os.write(killed._file, b"\x40\0\0\0half a rec")
     abandon(killed)
-    for sender in killed._senders.values():
-        sender.cancel()
     meters.away.clear()
-    heir = SettlementOutbox(tmp_path, "heir", meters.send)
-    await heir.adopt()
-    await heir.close()
+    await inherit(tmp_path, meters)
     assert meters.taken == [("Meter", "a")]
 
 
@@ -167,12 +168,8 @@ async def test_a_record_of_another_version_costs_nothing_of_those_around_it(tmp_
     os.write(killed._file, framed([msgspec.msgpack.encode(["Meter", {"unheard": "of"}])]))
     killed.put("Meter", settlement("b"))
     abandon(killed)
-    for sender in killed._senders.values():
-        sender.cancel()
     meters.away.clear()
-    heir = SettlementOutbox(tmp_path, "heir", meters.send)
-    await heir.adopt()
-    await heir.close()
+    await inherit(tmp_path, meters)
     assert meters.taken == [("Meter", "a"), ("Meter", "b")]
     assert files(tmp_path) == {}
 
@@ -186,9 +183,7 @@ async def test_close_keeps_what_no_meter_took(tmp_path: Path) -> None:
     await outbox.close(1.0)
     await outbox.close(1.0)
     meters.away.clear()
-    heir = SettlementOutbox(tmp_path, "heir", meters.send)
-    await heir.adopt()
-    await heir.close()
+    await inherit(tmp_path, meters)
     assert meters.taken == [("Meter", "a")]
 
 
@@ -202,9 +197,7 @@ async def test_a_note_is_sent_by_an_heir_alone(tmp_path: Path) -> None:
     assert meters.taken == [("Meter", "b")]
     assert len(outbox) == 0
     abandon(outbox)
-    heir = SettlementOutbox(tmp_path, "heir", meters.send)
-    await heir.adopt()
-    await heir.close()
+    await inherit(tmp_path, meters)
     assert ("Meter", "a") in meters.taken[1:]
     assert files(tmp_path) == {}
 
@@ -238,9 +231,7 @@ async def test_notes_stay_when_the_file_is_made_anew(tmp_path: Path, monkeypatch
     assert files(tmp_path)["mine.outbox"] < 3 * 4096
     abandon(outbox)
     meters.taken.clear()
-    heir = SettlementOutbox(tmp_path, "heir", meters.send)
-    await heir.adopt()
-    await heir.close()
+    await inherit(tmp_path, meters)
     assert ("Meter", "noted") in meters.taken
 
 
@@ -276,8 +267,6 @@ def killed(folder: Path) -> int:
 async def test_sigkill_loses_nothing_that_was_put(tmp_path: Path) -> None:
     told = killed(tmp_path)
     meters = Meters()
-    heir = SettlementOutbox(tmp_path, "heir", meters.send)
-    await heir.adopt()
-    await heir.close()
+    await inherit(tmp_path, meters)
     assert len(meters.taken) - told in (0, 1)  # one may have been put and not told
     assert meters.taken[:told] == [("Meter", f"r{number}") for number in range(told)]
