@@ -127,6 +127,7 @@ class _Sender(asyncio.Protocol):
             return
         self._line = line
         line.pump = asyncio.create_task(self._send_all(line), name=f"steps-{line.stream_id}")
+        line.pump.add_done_callback(lambda _: line.ended.set())  # also when it is cancelled before it began
         line.connected.set()
 
     def connection_lost(self, _error: Exception | None) -> None:
@@ -145,7 +146,6 @@ class _Sender(asyncio.Protocol):
             log.warning("step stream failed", stream=line.stream_id, reason=repr(error))
         finally:
             self._transport.close()
-            line.ended.set()
 
 
 async def received_steps(ticket: StepTicket) -> AsyncGenerator[bytes, None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from unittest.mock import Mock
 
 import pytest
 
@@ -101,6 +102,19 @@ async def test_closing_the_call_closes_the_stream_and_ends_the_receiving_end() -
             await tickets.aclose()
             await until(replica.closed)
             assert [message async for message in steps] == []
+
+
+async def test_an_ingress_that_leaves_as_soon_as_it_has_come_ends_the_call() -> None:
+    """Before the stream has been opened for it."""
+    async with serving(replica := Replica()) as server, line(server) as (ticket, call):
+        sender = step_connection._Sender(server._expected, replica.steps)
+        transport = Mock()
+        sender.connection_made(transport)
+        sender.data_received(ticket.secret)
+        sender.connection_lost(None)
+        async with asyncio.timeout(3.0):
+            await call
+    assert replica.streams == []
 
 
 async def test_a_stream_that_fails_ends_its_connection() -> None:
