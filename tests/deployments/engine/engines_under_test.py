@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 
 from deployments.contracts import FinishReason, PositionLogprobs, Sampling
 from deployments.engine.engine import Engine
@@ -22,7 +20,6 @@ __all__ = [
     "PROMPT",
     "VLLM_MARKS",
     "Receiver",
-    "collect_what_vllm_left",
     "complete",
     "greedy",
     "until",
@@ -92,17 +89,7 @@ VLLM_MARKS = [
     pytest.mark.vllm,
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # vLLM's own
-    pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),  # vLLM leaves its ZeroMQ context open
 ]
-
-
-async def collect_what_vllm_left() -> None:
-    """Free what a vLLM that was shut down still holds while its warnings are ignored, not when the session ends."""
-    await asyncio.sleep(0)  # vLLM closes its sockets in a callback
-    gc.collect()
-    # What something still refers to would be collected, with a warning, during any later test.
-    for left in [each for each in gc.get_objects() if issubclass(type(each), zmq.Context) and not each.closed]:
-        left.destroy(linger=0)
 
 
 async def complete(engine: Engine, key: str, token_ids: list[int], sampling: Sampling) -> Receiver:

@@ -19,7 +19,6 @@ from tests.deployments.engine.engines_under_test import (
     PROMPT,
     VLLM_MARKS,
     Receiver,
-    collect_what_vllm_left,
     complete,
     greedy,
     until,
@@ -49,7 +48,6 @@ async def engine(make_engine: Callable[[], Engine]) -> AsyncIterator[Engine]:
     yield engine
     await engine.shutdown()
     await engine.shutdown()  # safe twice
-    await collect_what_vllm_left()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from tests.deployments.engine.engines_under_test import (
     PROMPT,
     VLLM_MARKS,
     Receiver,
-    collect_what_vllm_left,
     complete,
     greedy,
     vllm_engine,
@@ -32,7 +31,6 @@ async def engine(smollm2: Path) -> AsyncIterator[VllmEngine]:
     yield engine
     await engine.shutdown()
     assert engine_cores() == []
-    await collect_what_vllm_left()
 
 
 def engine_cores() -> list[psutil.Process]:
