@@ -1,0 +1,62 @@
+"""How long an engine's steps take, learned from the steps that it makes: the capacity on which scaling decisions rest.
+
+A step of continuous batching moves every running sequence on by a token and prefills some prompt tokens beside. Its
+time is modelled as `base + per_sequence * sequences + per_prefill_token * prefill tokens`, fitted by least squares
+whose weights fade, so that it follows an engine whose contexts grow. Both engines feed it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["StepTimes"]
+
+_FADE = 0.999
+"""Weight of an observation relative to the next one: the last thousand steps or so count."""
+_PREFILL_FADE_TOKENS = 200_000.0
+"""Prefills are remembered for so many prompt tokens, however many decode steps lie between."""
+_RIDGE = 1e-6
+"""Share of the mean square of each regressor that is added to it: what never varied is then credited little."""
+
+
+class StepTimes:
+    def __init__(self) -> None:
+        self._normal = np.zeros((3, 3))
+        self._moments = np.zeros(3)
+        self._prefilled_tokens = self._prefill_s = 0.0
+
+    def observe(self, duration_s: float, sequences: float, prefilled_tokens: int, *, steps: int = 1) -> None:
+        """`steps` successive steps that took `duration_s` together, with so many running sequences each."""
+        if duration_s <= 0:
+            return
+        row = np.array([steps, steps * sequences, prefilled_tokens], dtype=float)
+        self._normal = _FADE * self._normal + np.outer(row, row)
+        self._moments = _FADE * self._moments + row * duration_s
+        if prefilled_tokens:
+            fade = max(0.0, 1 - prefilled_tokens / _PREFILL_FADE_TOKENS)
+            self._prefilled_tokens = fade * self._prefilled_tokens + prefilled_tokens
+            self._prefill_s = fade * self._prefill_s + duration_s
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens per second of a step's time that goes to them; 0 while none was seen.
+
+        Never less than what steps with a prefill reached as a whole.
+        """
+        if not self._prefilled_tokens:
+            return 0.0
+        reached = self._prefilled_tokens / self._prefill_s
+        per_token_s = self._fit()[2]
+        return max(reached, 1 / per_token_s) if per_token_s > 0 else reached
+
+    def step_s(self, sequences: int) -> float:
+        """Time of a decode step of so many sequences; 0 while nothing was seen."""
+        base, per_sequence, _ = self._fit()
+        return base + per_sequence * sequences
+
+    def _fit(self) -> tuple[float, float, float]:
+        """Seconds per step, per sequence of it, and per prefilled token."""
+        scale = np.diag(self._normal)
+        damped = self._normal + np.diag(_RIDGE * scale + 1e-12)
+        base, per_sequence, per_prefill_token = np.maximum(np.linalg.solve(damped, self._moments), 0.0).tolist()
+        return base, per_sequence, per_prefill_token
