@@ -228,6 +228,8 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     kv_blocks_total: int = 0
     finished_per_s: float = 0.0
     """Generations that ended per second lately: the drain rate of the queue."""
+    start_up_s: float = 0.0
+    """How long the replica took to start."""
 
 
 class EngineStep(msgspec.Struct, frozen=True, array_like=True):

@@ -19,12 +19,14 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from deployments.engine.autoscaling_policy import PoolPolicy
 from deployments.engine.deployment import EngineDeployment
 from deployments.engine.router import TargetedRouter
+from deployments.ingress.autoscaling_policy import IngressPolicy
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.deployment import MeterDeployment
 from deployments.meter.shards import GATEWAY, meter_names
-from serve_app.config import ClusterConfig, ModelConfig, VllmEngineConfig
+from serve_app.config import ClusterConfig, ModelConfig, ReplicaRange, VllmEngineConfig
 
 __all__ = [
     "GATEWAY",
@@ -41,13 +43,15 @@ INGRESS, ENGINE, ROOT = "Ingress", "Engine", "Root"
 
 _MAX_STREAMS = 4096
 """Requests under way per ingress replica; Serve answers 503 beyond."""
-_INGRESS_TARGET_STREAMS = 256
-"""Serve adds an ingress replica when each has so many requests under way."""
 _UNLIMITED = 1_000_000
 """Calls to an engine replica or the meter are short or, as step streams, one per ingress; both bound their own work."""
 _LOGGING = {"enable_access_log": False}
 """The ingress logs one line per request itself, with tokens and times."""
 _RESUME_TIMEOUT_S = 180.0
+_REPORT_PERIOD_S = 1.0
+"""How often replicas tell Serve's controller of their load."""
+_NOT_OF_REPLICAS = {"replicas", "price", "hold_timeout_s", "cold_start_timeout_s", "max_held_tokens", "infilling"}
+"""What of a model its engine replicas need not know."""
 _INGRESS_DRAIN_S = 600.0
 """How long a leaving ingress may finish its streams, unless requests have a limit of their own."""
 _SHUTDOWN_MARGIN_S = 10.0
@@ -177,6 +181,8 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
                 "resume_timeout_s": _RESUME_TIMEOUT_S,
                 "drain_timeout_s": model.drain_timeout_s,
                 "max_held": model.max_waiting,
+                "max_held_tokens": model.max_held_tokens,
+                "cold_start_timeout_s": model.cold_start_timeout_s if model.replicas.min == 0 else None,
             },
         }
         for model in config.models
@@ -205,11 +211,16 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
                 "deployments": [
                     {
                         "name": INGRESS,
-                        "autoscaling_config": {
-                            "min_replicas": ingress_replicas.min,
-                            "max_replicas": ingress_replicas.max,
-                            "target_ongoing_requests": _INGRESS_TARGET_STREAMS,
-                        },
+                        # Also of a fixed number: what ingress replicas report, the models' policies need.
+                        "autoscaling_config": _autoscaling(
+                            ingress_replicas,
+                            IngressPolicy,
+                            {
+                                "home": str(home),
+                                "minimum": ingress_replicas.min,
+                                "maximum": ingress_replicas.max,
+                            },
+                        ),
                         "ray_actor_options": {"num_cpus": config.ingress.resources.cpus},
                         "user_config": {"models": catalog},
                     },
@@ -225,6 +236,19 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
             },
             *(_model_application(model, home) for model in config.models),
         ],
+    }
+
+
+def _autoscaling(replicas: ReplicaRange, policy: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Serve's `autoscaling_config` that leaves every decision to `policy`, made with `arguments`: no delay is added."""
+    return {
+        "min_replicas": replicas.min,
+        "max_replicas": replicas.max,
+        "upscale_delay_s": 0.0,
+        "downscale_delay_s": 0.0,
+        "metrics_interval_s": _REPORT_PERIOD_S,
+        "look_back_period_s": 2 * _REPORT_PERIOD_S,
+        "policy": {"policy_function": f"{policy.__module__}:{policy.__qualname__}", "policy_kwargs": arguments},
     }
 
 
@@ -248,13 +272,17 @@ def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
     if resources.accelerator is not None:
         options["accelerator_type"] = resources.accelerator
-    deployment: dict[str, Any] = {
-        "name": ENGINE,
-        "num_replicas": model.replicas.min,
-        "ray_actor_options": options,
-    }
+    deployment: dict[str, Any] = {"name": ENGINE, "ray_actor_options": options}
+    if model.replicas.fixed:
+        deployment["num_replicas"] = model.replicas.min
+    else:
+        deployment["autoscaling_config"] = _autoscaling(
+            model.replicas,
+            PoolPolicy,
+            {"model": model.name, "home": str(home), "targets": model.replicas.model_dump()},
+        )
     # What may change without touching the replicas that run is no part of the arguments.
-    arguments = model.model_dump(mode="json", exclude={"replicas", "price", "hold_timeout_s", "infilling"})
+    arguments = model.model_dump(mode="json", exclude=_NOT_OF_REPLICAS)
     return {
         "name": application_name(model.name),
         "route_prefix": None,

@@ -52,6 +52,7 @@ __all__ = [
     "MeterConfig",
     "ModelConfig",
     "ModelResources",
+    "PoolSize",
     "Price",
     "Problem",
     "ProcessResources",
@@ -190,6 +191,28 @@ class ReplicaRange(_Section):
         if maximum < (minimum := info.data.get("min", 1)):
             raise _unexpected(f"at least {minimum}, the min beside it")
         return maximum
+
+
+class PoolSize(ReplicaRange):
+    """How many replicas a model may have, and what decides between `min` and `max` (docs/autoscaling.md)."""
+
+    min: NonNegativeInt = 1
+    """>= 0; kept running without load. 0 lets the model go when it is idle, and the next request wait for it."""
+    max: PositiveInt = Field(default_factory=lambda fields: fields.get("min") or 1)
+    """>= `min` and >= 1; `min` is its default: a fixed number."""
+    target_first_token_s: PositiveFloat = 2.0
+    """Seconds, > 0, that a request should wait for its first token at most; replicas are added to keep to it."""
+    target_kv_use: float = Field(default=0.85, gt=0, le=1)
+    """Share of the KV blocks, above 0 to 1, above which replicas are added."""
+    scale_down_after_s: PositiveFloat = 120.0
+    """Seconds, > 0, for which fewer replicas must have been enough before one leaves."""
+    idle_to_zero_after_s: PositiveFloat = 600.0
+    """Seconds, > 0, without a request after which the last replica leaves. Only with `min: 0`."""
+
+    @property
+    def fixed(self) -> bool:
+        """Nothing is to be decided."""
+        return self.min == self.max
 
 
 class ProcessResources(_Section):
@@ -370,7 +393,7 @@ class ModelConfig(_Section):
     path of a folder is relative to the folder of cluster.yaml, and absolute once loaded."""
     engine: EngineConfig
     resources: ModelResources = ModelResources()
-    replicas: ReplicaRange = ReplicaRange()
+    replicas: PoolSize = PoolSize()
     price: Price = Price()
     infilling: Infilling | None = None
     """For models trained to fill in the middle; null refuses requests with a `suffix`."""
@@ -378,6 +401,11 @@ class ModelConfig(_Section):
     """Generations, >= 0, that a replica holds beyond those running before it refuses more with 503."""
     hold_timeout_s: PositiveFloat = 30.0
     """Seconds, > 0, that a request waits while no replica is up, before it is answered 503."""
+    cold_start_timeout_s: PositiveFloat = 600.0
+    """The same while the model is at zero replicas by itself (`replicas.min: 0`): longer than a replica's start."""
+    max_held_tokens: PositiveInt = 1_000_000
+    """Prompt tokens, >= 1, of the requests that wait so in one ingress; what comes beyond is answered 503 at once.
+    Their number is bounded by `max_waiting`."""
     stall_timeout_s: PositiveFloat = 30.0
     """Seconds, > 0, after which an engine that has work and answers nothing is unhealthy and replaced."""
     drain_timeout_s: PositiveFloat = 60.0

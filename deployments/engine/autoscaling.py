@@ -159,7 +159,7 @@ def _wanted(signals: PoolSignals, targets: ScalingTargets, capacity: _Capacity) 
         counts.append(
             Wanted(
                 max(sequences / _MAX_BATCH_SHARE, sequences + extra) / capacity.max_num_seqs,
-                f"batch: {sequences:.0f} sequences and {backlog:.0f} waiting, a replica runs {capacity.max_num_seqs:.0f}",
+                f"batch: {sequences:.0f} sequences and {backlog:.0f} waiting, {capacity.max_num_seqs:.0f} a replica",
             )
         )
     if capacity.kv_blocks and running:

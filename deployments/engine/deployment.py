@@ -6,6 +6,7 @@ Every call names its replica by the keyword `target`, which TargetedRouter (rout
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from pathlib import Path
@@ -93,6 +94,7 @@ class EngineDeployment:
 
     async def __init__(self, model: dict[str, object], home: str) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging()
+        began = time.monotonic()
         config = ModelConfig.model_validate(model)
         folder = await asyncio.to_thread(prepare_model, config.source, Path(home), report=log.info)
         engine = build_engine(config, folder)
@@ -102,7 +104,8 @@ class EngineDeployment:
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._outbox = SettlementOutbox(Path(home) / "outbox", replica_id, self._settle)
         await self._outbox.start()
-        self._replica = EngineReplica(engine, Orphanage(self._outbox))
+        start_up_s = time.monotonic() - began
+        self._replica = EngineReplica(engine, Orphanage(self._outbox), start_up_s=start_up_s)
         self._step_server = StepServer(self._replica.steps)
         await self._step_server.start(get_node_ip_address())
 
@@ -131,6 +134,10 @@ class EngineDeployment:
     async def load(self, *, target: str) -> bytes:
         """Packed `EngineLoad`."""
         return pack(self._replica.load())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls this about twice a second for deployments/engine/autoscaling_policy.py."""
+        return self._replica.signals()._asdict()
 
     async def check_health(self) -> None:
         await self._replica.check_health()

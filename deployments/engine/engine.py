@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling
+from deployments.engine.step_times import StepTimes
 
 __all__ = ["Deliver", "Engine", "EngineError", "EngineQueueFull", "EngineUnhealthy"]
 
@@ -48,6 +49,12 @@ class Engine(Protocol):
 
     max_model_len: int
     """Prompt and completion tokens of one generation together, at most."""
+
+    max_num_seqs: int
+    """Sequences in the batch at most."""
+
+    step_times: StepTimes
+    """What its steps have taken."""
 
     on_death: Callable[[], None]
     """Set by the owner; called once when the engine notices that it has died and delivers nothing any more."""

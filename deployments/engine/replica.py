@@ -25,35 +25,15 @@ from deployments.contracts import (
     TokenDelta,
     pack,
 )
+from deployments.engine.autoscaling import ReplicaSignals
+from deployments.engine.demand import Demand
 from deployments.engine.engine import Engine, EngineQueueFull, EngineUnhealthy
 from deployments.engine.orphans import Orphanage, Tabs
 from deployments.engine.step_outbox import StepOutbox
 
-__all__ = ["DrainRate", "EngineReplica"]
+__all__ = ["EngineReplica"]
 
 log = structlog.get_logger()
-
-
-class DrainRate:
-    """Generations that end per second, averaged exponentially over about ten seconds."""
-
-    _HORIZON_S = 10.0
-
-    def __init__(self, now: float) -> None:
-        self._per_s = 0.0
-        self._since = now
-        self._ended = 0
-
-    def count(self) -> None:
-        self._ended += 1
-
-    def read(self, now: float) -> float:
-        elapsed_s = now - self._since
-        if elapsed_s >= 1.0:
-            weight = min(1.0, elapsed_s / self._HORIZON_S)
-            self._per_s += weight * (self._ended / elapsed_s - self._per_s)
-            self._since, self._ended = now, 0
-        return self._per_s
 
 
 @dataclass
@@ -67,16 +47,41 @@ class _Stream:
 class EngineReplica:
     """Feeds one step stream per ingress replica from one engine."""
 
-    def __init__(self, engine: Engine, orphanage: Orphanage) -> None:
+    def __init__(self, engine: Engine, orphanage: Orphanage, *, start_up_s: float = 0.0) -> None:
+        """`start_up_s`: how long it took until the engine could be used."""
         self._engine = engine
         self._orphanage = orphanage
         engine.on_death = self._end_streams
         self._streams: dict[str, _Stream] = {}
-        self._drain_rate = DrainRate(time.monotonic())
+        self._start_up_s = start_up_s
+        self._demand = Demand(time.monotonic())
         self._submitted = 0
 
     def load(self) -> EngineLoad:
-        return msgspec.structs.replace(self._engine.load(), finished_per_s=self._drain_rate.read(time.monotonic()))
+        return msgspec.structs.replace(
+            self._engine.load(),
+            finished_per_s=self._demand.ends_per_s(time.monotonic()),
+            start_up_s=self._start_up_s,
+        )
+
+    def signals(self) -> ReplicaSignals:
+        """What the decision on the number of replicas rests on."""
+        now = time.monotonic()
+        load, times, demand = self._engine.load(), self._engine.step_times, self._demand
+        return ReplicaSignals(
+            running=load.running,
+            waiting=load.waiting,
+            waiting_prefill_tokens=load.waiting_prefill_tokens * demand.uncached_share,
+            kv_blocks_used=load.kv_blocks_total - load.kv_blocks_free,
+            kv_blocks_total=load.kv_blocks_total,
+            max_num_seqs=self._engine.max_num_seqs,
+            arrivals_per_s=demand.arrivals_per_s(now),
+            arriving_prefill_tokens_per_s=demand.prefill_tokens_per_s(now),
+            decode_s=demand.decode_s,
+            prefill_tokens_per_s=times.prefill_tokens_per_s,
+            step_s=times.step_s(load.running),
+            start_up_s=self._start_up_s,
+        )
 
     async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
         """Open the step stream `stream_id` and yield packed `EngineStep` messages until the caller goes away."""
@@ -112,6 +117,8 @@ class EngineReplica:
     def _submit(self, stream: _Stream, submission: Submission) -> SubmissionStatus:
         generation, choice = submission.generation, submission.choice
         self._submitted += 1
+        prompt_tokens = len(submission.token_ids)
+        first_token_at: float | None = None
         key = f"{submission.account.request_id}-{self._submitted}"
 
         def deliver(
@@ -124,9 +131,13 @@ class EngineReplica:
             logprobs: list[PositionLogprobs] | None = None,
             prompt_logprobs: list[PositionLogprobs | None] | None = None,
         ) -> None:
+            nonlocal first_token_at
+            if first_token_at is None:
+                first_token_at = time.monotonic()
+                self._demand.prefilled(prompt_tokens, cached_tokens)
             if finish_reason is not None:
                 stream.keys.pop(generation, None)
-                self._drain_rate.count()
+                self._demand.ended(time.monotonic() - first_token_at)
             if token_ids:
                 tab.count(choice, len(token_ids), 0 if submission.resumed else cached_tokens)
             stream.outbox.push(
@@ -143,6 +154,7 @@ class EngineReplica:
             del stream.keys[generation]
             stream.tabs.refuse(submission)
             return "queue_full"
+        self._demand.arrived(prompt_tokens)
         return "accepted"
 
     def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None:

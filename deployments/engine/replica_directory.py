@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-__all__ = ["ReplicaGone", "ReplicaSetChanged", "replicas_changed", "watch_replicas"]
+__all__ = ["ReplicaGone", "ReplicaSetChanged", "replicas_changed", "replicas_of", "watch_replicas"]
 
 ReplicaSetChanged = Callable[[frozenset[str]], None]
 """Gets the unique ids of all running replicas of the application; called on the watcher's event loop."""
@@ -31,6 +31,11 @@ def watch_replicas(application: str, changed: ReplicaSetChanged) -> None:
     _watchers[application] = (asyncio.get_running_loop(), changed)
     if application in _known:
         changed(_known[application])
+
+
+def replicas_of(application: str) -> frozenset[str]:
+    """Unique ids of its running replicas, empty while none are known."""
+    return _known.get(application, frozenset())
 
 
 def replicas_changed(application: str, replica_ids: frozenset[str]) -> None:

@@ -17,6 +17,7 @@ import structlog
 from deployments.contracts import EngineLoad, Sampling
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
 from deployments.engine.simulator import Simulator, SimulatorSettings
+from deployments.engine.step_times import StepTimes
 
 __all__ = ["SimulatedEngine", "vocabulary_of"]
 
@@ -40,6 +41,8 @@ class SimulatedEngine:
         self, settings: SimulatorSettings, *, max_model_len: int, max_waiting: int, start_up_s: float = 0.0
     ) -> None:
         self.max_model_len = max_model_len
+        self.max_num_seqs = settings.max_num_seqs
+        self.step_times = StepTimes()
         self.on_death: Callable[[], None] = lambda: None
         self._max_generations = settings.max_num_seqs + max_waiting
         self._start_up_s = start_up_s
@@ -88,18 +91,20 @@ class SimulatedEngine:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        step_ends = loop.time()
+        step_ends = now = loop.time()
         while True:
             if self._simulator.idle:
                 self._work.clear()
                 await self._work.wait()
-                step_ends = loop.time()
-            duration_s, outputs = self._simulator.step()
+                step_ends = now = loop.time()
+            began, step = now, self._simulator.step()
             # Timers are coarse, so the wait aims at the end of the step rather than at its length; a step that is
             # late already is not made up for, as hardware would not either.
-            step_ends = max(step_ends + duration_s, loop.time())
+            step_ends = max(step_ends + step.duration_s, loop.time())
             await asyncio.sleep(max(0.0, step_ends - loop.time()))
-            for output in outputs:
+            now = loop.time()
+            self.step_times.observe(now - began, step.sequences, step.prefilled_tokens)
+            for output in step.outputs:
                 deliver = self._deliver.get(output.key)
                 if deliver is None:
                     continue  # aborted during the step

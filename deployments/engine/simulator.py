@@ -61,6 +61,9 @@ class SimulatedOutput(NamedTuple):
 class Step(NamedTuple):
     duration_s: float
     outputs: list[SimulatedOutput]
+    sequences: int
+    """In the batch."""
+    prefilled_tokens: int
 
 
 @dataclass(slots=True)
@@ -149,10 +152,11 @@ class Simulator:
         duration_s = settings.step_s + settings.step_s_per_sequence * max(0, len(self._running) - 1)
         if settings.prefill_tokens_per_s is not None:
             duration_s += prefilled / settings.prefill_tokens_per_s
+        sequences = len(self._running)
         for sequence in finished:
             del self._running[sequence.key]
             self._release(sequence)
-        return Step(duration_s, outputs)
+        return Step(duration_s, outputs, sequences, prefilled)
 
     def _decode(self, sequence: _Sequence) -> SimulatedOutput:
         token = self._likeliest(sequence.state)

@@ -21,18 +21,25 @@ _RIDGE = 1e-6
 
 class StepTimes:
     def __init__(self) -> None:
-        self._normal = np.zeros((3, 3))
-        self._moments = np.zeros(3)
+        # Sums over products of steps (s), sequences (n), prefilled tokens (p) and time (t); plain floats, since a
+        # step may take as little as a millisecond and numpy would take a tenth of it.
+        self._ss = self._sn = self._sp = self._nn = self._np = self._pp = 0.0
+        self._st = self._nt = self._pt = 0.0
         self._prefilled_tokens = self._prefill_s = 0.0
 
     def observe(self, duration_s: float, sequences: float, prefilled_tokens: int, *, steps: int = 1) -> None:
         """`steps` successive steps that took `duration_s` together, with so many running sequences each."""
-        if duration_s <= 0:
-            return
-        row = np.array([steps, steps * sequences, prefilled_tokens], dtype=float)
-        self._normal = _FADE * self._normal + np.outer(row, row)
-        self._moments = _FADE * self._moments + row * duration_s
-        if prefilled_tokens:
+        n, p = steps * sequences, prefilled_tokens
+        self._ss = _FADE * self._ss + steps * steps
+        self._sn = _FADE * self._sn + steps * n
+        self._nn = _FADE * self._nn + n * n
+        self._sp = _FADE * self._sp + steps * p
+        self._np = _FADE * self._np + n * p
+        self._pp = _FADE * self._pp + p * p
+        self._st = _FADE * self._st + steps * duration_s
+        self._nt = _FADE * self._nt + n * duration_s
+        self._pt = _FADE * self._pt + p * duration_s
+        if prefilled_tokens and duration_s > 0:
             fade = max(0.0, 1 - prefilled_tokens / _PREFILL_FADE_TOKENS)
             self._prefilled_tokens = fade * self._prefilled_tokens + prefilled_tokens
             self._prefill_s = fade * self._prefill_s + duration_s
@@ -49,14 +56,17 @@ class StepTimes:
         per_token_s = self._fit()[2]
         return max(reached, 1 / per_token_s) if per_token_s > 0 else reached
 
-    def step_s(self, sequences: int) -> float:
+    def step_s(self, sequences: float) -> float:
         """Time of a decode step of so many sequences; 0 while nothing was seen."""
         base, per_sequence, _ = self._fit()
         return base + per_sequence * sequences
 
     def _fit(self) -> tuple[float, float, float]:
         """Seconds per step, per sequence of it, and per prefilled token."""
-        scale = np.diag(self._normal)
-        damped = self._normal + np.diag(_RIDGE * scale + 1e-12)
-        base, per_sequence, per_prefill_token = np.maximum(np.linalg.solve(damped, self._moments), 0.0).tolist()
+        normal = np.array(
+            [[self._ss, self._sn, self._sp], [self._sn, self._nn, self._np], [self._sp, self._np, self._pp]]
+        )
+        damped = normal + np.diag(_RIDGE * np.diag(normal) + 1e-12)
+        solved = np.linalg.solve(damped, [self._st, self._nt, self._pt])
+        base, per_sequence, per_prefill_token = np.maximum(solved, 0.0).tolist()
         return base, per_sequence, per_prefill_token

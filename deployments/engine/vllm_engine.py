@@ -19,6 +19,7 @@ import structlog
 
 from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
+from deployments.engine.step_times import StepTimes
 
 __all__ = ["VllmEngine", "VllmSettings"]
 
@@ -48,13 +49,15 @@ class VllmEngine:
 
     def __init__(self, settings: VllmSettings, *, max_waiting: int, stall_timeout_s: float) -> None:
         self.max_model_len = settings.max_model_len or 0
+        self.max_num_seqs = settings.max_num_seqs
+        self.step_times = StepTimes()
         self._settings = settings
         self._max_generations = settings.max_num_seqs + max_waiting
         self._stall_timeout_s = stall_timeout_s
         self.on_death: Callable[[], None] = lambda: None
         self._death_told = False
         self._engine: Any = None
-        self._kv: Any = None
+        self._gauge: Any = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._prefill_tokens: dict[str, int] = {}
 
@@ -66,7 +69,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import AsyncEngineArgs, AsyncLLMEngine
 
-        from deployments.engine._vllm_stats import KvCacheGauge
+        from deployments.engine._vllm_stats import EngineGauge
 
         settings = self._settings
         arguments = AsyncEngineArgs(
@@ -82,10 +85,10 @@ class VllmEngine:
             scheduling_policy=settings.scheduling_policy,
             disable_log_stats=True,
         )
-        gauge = KvCacheGauge()
+        gauge = EngineGauge(self.step_times)
         # Loads weights and waits for child processes; the event loop must go on answering Serve meanwhile.
         self._engine = await asyncio.to_thread(AsyncLLMEngine.from_engine_args, arguments, stat_loggers=[gauge.logger])
-        self._kv = gauge
+        self._gauge = gauge
         self.max_model_len = self._engine.model_config.max_model_len
 
     def submit(
@@ -93,6 +96,8 @@ class VllmEngine:
     ) -> None:
         if len(self._tasks) >= self._max_generations and not resumed:
             raise EngineQueueFull(f"{len(self._prefill_tokens)} generations wait already")
+        if not self._tasks and self._gauge is not None:
+            self._gauge.work_begins()
         self._prefill_tokens[key] = len(token_ids)
         task = asyncio.create_task(self._generate(key, token_ids, sampling, deliver), name=f"generate-{key}")
         self._tasks[key] = task
@@ -109,8 +114,8 @@ class VllmEngine:
             running=len(self._tasks) - waiting,
             waiting=waiting,
             waiting_prefill_tokens=sum(self._prefill_tokens.values()),
-            kv_blocks_free=self._kv.blocks_free if self._kv else 0,
-            kv_blocks_total=self._kv.blocks_total if self._kv else 0,
+            kv_blocks_free=self._gauge.blocks_free if self._gauge else 0,
+            kv_blocks_total=self._gauge.blocks_total if self._gauge else 0,
         )
 
     async def check_health(self) -> None:

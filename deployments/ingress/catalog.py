@@ -27,6 +27,7 @@ log = structlog.get_logger()
 
 _REFRESH_S = 1.0
 _WATCH_S = 0.25
+_LAG_HORIZON_S = 5.0
 
 
 class Infilling(BaseModel, frozen=True, extra="forbid"):
@@ -84,6 +85,8 @@ class Catalog:
         """Pools of models that have gone, while their last streams run."""
         self._refreshing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
+        self.loop_lag_s = 0.0
+        """How much later than asked for the event loop wakes, averaged over about five seconds."""
         self.known = False
         """Serve has been asked at least once: an unknown model is unknown, not merely not seen yet."""
 
@@ -166,6 +169,7 @@ class Catalog:
         while True:
             await asyncio.sleep(_WATCH_S)
             now = loop.time()
+            self.loop_lag_s += _WATCH_S / _LAG_HORIZON_S * (now - woke - _WATCH_S - self.loop_lag_s)
             if now - woke > 4 * _WATCH_S:
                 # This process was stalled, not the replicas: their messages lie unread, so give them time to be read.
                 stalled_until = now + 4 * _WATCH_S

@@ -214,6 +214,11 @@ class Completion:
         self._gone = True
         self._mailbox.wake()
 
+    @property
+    def awaits_cold_start(self) -> bool:
+        """Nothing of it runs: it waits for a pool that was scaled to zero."""
+        return self.model.pool.cold and all(each.generation.placement is None for each in self._candidates)
+
     def wake(self) -> None:
         """Makes `deltas` return, empty if need be, so that its caller can write a keep-alive."""
         self._mailbox.wake()
@@ -238,6 +243,7 @@ class Completion:
                 raise InternalError
             if delta.token_ids and self._first_token_s is None:
                 self._first_token_s = time.perf_counter() - self._clock
+                self.model.pool.first_token(self._first_token_s)
             gained = self._gained(number, candidate, delta)
             if gained is not None:
                 candidate.told = True

@@ -109,7 +109,7 @@ class CompletionResponse(Response):
         usage_follows = options is not None and bool(options.include_usage)
         continuous = usage_follows and options is not None and bool(options.continuous_usage_stats)  # as in vLLM
         template = ChunkTemplate(self._head, usage_follows=usage_follows)
-        idle = _IdleTimer(self._keep_alive_s, completion.wake)
+        idle = _IdleTimer(self._idle_limit_s, completion.wake)
         try:
             while not completion.finished:
                 chunks = [
@@ -129,6 +129,10 @@ class CompletionResponse(Response):
         finally:
             idle.stop()
 
+    def _idle_limit_s(self) -> float:
+        limit_s = self._keep_alive_s
+        return min(_COLD_KEEP_ALIVE_S, limit_s) if self._completion.awaits_cold_start else limit_s
+
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
         if not self._started:
             self._started = True
@@ -146,19 +150,23 @@ class CompletionResponse(Response):
             await _send_whole(send, answer.status, answer.body, answer.headers)
 
 
-class _IdleTimer:
-    """Calls `wake` when nothing was written for `limit_s`. One timer for the whole stream: a write costs no timer."""
+_COLD_KEEP_ALIVE_S = 1.0
+"""A client that waits for the first replica of a pool sees from the first second on that something happens."""
 
-    def __init__(self, limit_s: float, wake: Callable[[], None]) -> None:
+
+class _IdleTimer:
+    """Calls `wake` when nothing was written for `limit_s()`. One timer for the whole stream: a write costs no timer."""
+
+    def __init__(self, limit_s: Callable[[], float], wake: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._limit_s = limit_s
         self._wake = wake
         self.restart()
-        self._timer = self._loop.call_at(self._last_write + limit_s, self._check)
+        self._timer = self._loop.call_at(self._last_write + limit_s(), self._check)
 
     @property
     def due(self) -> bool:
-        return self._loop.time() >= self._last_write + self._limit_s
+        return self._loop.time() >= self._last_write + self._limit_s()
 
     def restart(self) -> None:
         """Something was written."""
@@ -170,9 +178,9 @@ class _IdleTimer:
     def _check(self) -> None:
         if self.due:
             self._wake()
-            self._timer = self._loop.call_later(self._limit_s, self._check)
+            self._timer = self._loop.call_later(self._limit_s(), self._check)
         else:
-            self._timer = self._loop.call_at(self._last_write + self._limit_s, self._check)
+            self._timer = self._loop.call_at(self._last_write + self._limit_s(), self._check)
 
 
 _STREAM_HEADERS = [

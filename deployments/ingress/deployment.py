@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from deployments.engine.replica_directory import watch_replicas
 from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.catalog import Catalog, CatalogEntry
+from deployments.ingress.demand import demand_values
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.serve_transport import ServePools
@@ -70,6 +71,12 @@ class IngressDeployment:
             await self._meter.start()
             await self._catalog.start()
         await self._catalog.replace([CatalogEntry.model_validate(entry) for entry in user_config["models"]])
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls this about twice a second for deployments/ingress/autoscaling_policy.py."""
+        return demand_values(
+            {model.entry.name: model.pool.demand() for model in self._catalog.models()}, self._catalog.loop_lag_s
+        )
 
     async def _open_pool(self, entry: CatalogEntry) -> EnginePool:
         pool = EnginePool(

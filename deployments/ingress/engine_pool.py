@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import structlog
 
 from deployments.contracts import Settlement
 from deployments.engine.orphans import Tab
+from deployments.ingress.demand import ModelDemand
 from deployments.ingress.errors import InternalError, ModelNotReady, Overloaded
 from deployments.ingress.generation import Generation
 from deployments.ingress.replica_stream import ReplicaStream, ReplicaTransport
@@ -31,6 +33,8 @@ log = structlog.get_logger()
 _CANDIDATES = 8
 """Replicas that are looked at for a generation, drawn at random where there are more: the least loaded of eight is
 nearly as good as that of all (the power of two choices), and costs the same however many replicas there are."""
+_FIRST_TOKENS, _FIRST_TOKENS_S = 256, 5.0
+"""First-token times that count as those of now: the last ones, no older than that."""
 _FRUITLESS_RESUMES = 3
 """A generation that lost so many replicas in a row without a token is given up: it may be what kills them."""
 
@@ -60,6 +64,10 @@ class PoolLimits:
     """How long a leaving replica may finish what it has."""
     max_held: int
     """New generations that wait for a replica, at most. Those that lost theirs were let in before and do not count."""
+    max_held_tokens: int = 1_000_000
+    """Their prompt tokens, at most."""
+    cold_start_timeout_s: float | None = None
+    """How long a new generation waits for a pool that was scaled to zero; None where there is always a replica."""
 
 
 class EnginePool:
@@ -90,14 +98,39 @@ class EnginePool:
         """Those of them that take generations; None when that has to be found out again."""
         self._listed: frozenset[str] = frozenset()
         self._became_live = asyncio.Event()
-        self._held = 0
+        self._held = self._held_tokens = 0
+        self._held_since: float | None = None
+        """Event-loop time at which the present holding began."""
+        self._cold_start_s = 0.0
+        """How long the last one took, or how long the last new replica says that it took to start; 0 if unknown."""
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_FIRST_TOKENS)
+        """When the last ones came, and how long after their requests."""
         self._retired = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def ready(self) -> bool:
-        """Whether a replica would take a generation now."""
-        return bool(self._accepting_streams())
+        """Whether a generation would be taken now: by a replica, or to be held while a pool at zero gets one."""
+        return bool(self._accepting_streams()) or self._asleep
+
+    @property
+    def cold(self) -> bool:
+        """It may be scaled to zero, and no replica takes generations now."""
+        return self.limits.cold_start_timeout_s is not None and not self._accepting_streams()
+
+    @property
+    def _asleep(self) -> bool:
+        return self.cold and not self._listed
+
+    def first_token(self, first_token_s: float) -> None:
+        """A request has its first token, so long after its arrival."""
+        self._first_tokens.append((asyncio.get_running_loop().time(), first_token_s))
+
+    def demand(self) -> ModelDemand:
+        """What engine replicas cannot tell of the load."""
+        since = asyncio.get_running_loop().time() - _FIRST_TOKENS_S
+        late = [first_token_s for at, first_token_s in self._first_tokens if at >= since]
+        return ModelDemand(self._held, self._held_tokens, sum(late) / len(late) if late else 0.0)
 
     def cards(self) -> list[dict[str, Any]]:
         """Each replica and its load, for operators."""
@@ -129,7 +162,9 @@ class EnginePool:
     def start(self, generations: list[Generation]) -> None:
         """Place the generations of a new request; everything else, failure included, comes through their mailbox."""
         self._open_requests[generations[0].request_id] = generations
-        self._own(self._place(generations, self.limits.hold_timeout_s), "place")
+        limits = self.limits
+        hold_timeout_s = limits.cold_start_timeout_s if self._asleep else limits.hold_timeout_s
+        self._own(self._place(generations, hold_timeout_s or limits.hold_timeout_s), "place")
 
     def abort(self, generations: Iterable[Generation]) -> None:
         """End generations that nobody wants any more; frees the engines without waiting for them."""
@@ -176,7 +211,7 @@ class EnginePool:
             replica_id,
             self._connect(replica_id),
             name=f"{self._ingress_id}/{self.model}/{replica_id}",
-            on_live=self._on_live,
+            on_live=lambda: self._on_live(stream),
             on_lost=lambda generations: self._on_lost(stream, generations),
         )
         self._streams[replica_id] = stream
@@ -187,8 +222,10 @@ class EnginePool:
             self._accepting = [stream for stream in self._streams.values() if stream.accepting]
         return self._accepting
 
-    def _on_live(self) -> None:
+    def _on_live(self, stream: ReplicaStream) -> None:
         self._accepting = None
+        held_s = 0.0 if self._held_since is None else asyncio.get_running_loop().time() - self._held_since
+        self._cold_start_s = held_s or stream.load.start_up_s or self._cold_start_s
         self._became_live.set()
         self._became_live = asyncio.Event()
 
@@ -231,8 +268,8 @@ class EnginePool:
                 self._fail(generations, self._overloaded(live))
                 return
             if not candidates:
-                new = sum(not generation.resumes for generation in generations)
-                if not await self._wait_for_replica(new, deadline):
+                new = [generation for generation in generations if not generation.resumes]
+                if not await self._wait_for_replica(len(new), sum(len(each.prompt) for each in new), deadline):
                     self._fail(generations, self._not_ready())
                     return
                 continue
@@ -254,10 +291,14 @@ class EnginePool:
                     full.add(stream)
                     generations += unplaced
 
-    async def _wait_for_replica(self, new: int, deadline: float) -> bool:
-        if new and self._held + new > self.limits.max_held:
+    async def _wait_for_replica(self, new: int, tokens: int, deadline: float) -> bool:
+        limits = self.limits
+        if new and (self._held + new > limits.max_held or self._held_tokens + tokens > limits.max_held_tokens):
             return False
+        if self._held_since is None:
+            self._held_since = asyncio.get_running_loop().time()
         self._held += new
+        self._held_tokens += tokens
         try:
             async with asyncio.timeout_at(deadline):
                 await self._became_live.wait()
@@ -267,6 +308,9 @@ class EnginePool:
             return True
         finally:
             self._held -= new
+            self._held_tokens -= tokens
+            if not self._held:
+                self._held_since = None
 
     async def _drain(self, stream: ReplicaStream) -> None:
         await stream.drain(self.limits.drain_timeout_s)
@@ -290,9 +334,12 @@ class EnginePool:
         )
 
     def _not_ready(self) -> ModelNotReady:
+        waited_s = 0.0 if self._held_since is None else asyncio.get_running_loop().time() - self._held_since
+        # What is left of a start that takes as long as the last; a quarter of it when that has passed already.
+        left_s = max(self._cold_start_s - waited_s, self._cold_start_s / 4) if self._cold_start_s else 10.0
         return ModelNotReady(
             f"No replica of the model {self.model} is up. Retry after the seconds in Retry-After.",
-            retry_after_s=10.0,
+            retry_after_s=max(left_s, 1.0),
         )
 
     def _own(self, work: Coroutine[Any, Any, None], name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any, cast
@@ -15,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.contracts import SubmissionStatus, unpack
 from deployments.engine.engine import EngineError
-from deployments.engine.replica_directory import ReplicaGone
+from deployments.engine.replica_directory import ReplicaGone, replicas_of
 from deployments.ingress.replica_stream import ReplicaLost
 from deployments.step_connection import StepTicket, received_steps
 
@@ -27,15 +29,16 @@ come through bare; and a connection."""
 
 
 _PROBE_LIMIT_S = 0.2
+_STATUS_PERIOD_S = 5.0
+"""How often Serve's status is asked for while pools are empty."""
 
 
 class ServeReplica:
     """One engine replica, named by its unique id."""
 
     def __init__(self, handle: DeploymentHandle[Any], replica_id: str) -> None:
-        # The messages are bytes already; Serve's default, cloudpickle, is several times slower on them than pickle.
-        self._handle = handle.options(request_serialization="pickle", response_serialization="pickle")
-        self._stream_handle = self._handle.options(stream=True)
+        self._handle = handle
+        self._stream_handle = handle.options(stream=True)
         self._replica_id = replica_id
 
     async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
@@ -67,17 +70,17 @@ class ServeReplica:
 
 class ServePools:
     """The engine pools of this cluster, by application. A handle is made once and survives the application's deletion
-    and redeployment; its router runs from the first call on and tells replica_directory.py of the replicas."""
+    and redeployment; its router tells replica_directory.py of the replicas."""
 
     def __init__(self, deployment: str) -> None:
         self._deployment = deployment
         self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._known: frozenset[str] = frozenset()
+        """The applications of Serve when its status was last asked for."""
+        self._asked_at = -math.inf
 
     async def existing(self, applications: Iterable[str]) -> frozenset[str]:
-        """Those of `applications` that Serve knows, whatever their state.
-
-        `serve.status` would tell it too, but takes 50 ms of this process for a handful of replicas.
-        """
+        """Those of `applications` that Serve knows, whatever their state."""
         return frozenset([application for application in applications if await self._exists(application)])
 
     def replica(self, application: str, replica_id: str) -> ServeReplica:
@@ -90,9 +93,15 @@ class ServePools:
                 handle = await asyncio.to_thread(serve.get_deployment_handle, self._deployment, application)
             except (KeyError, RayServeException):
                 return False
-            self._handles[application] = handle
+            # The messages are bytes already; Serve's default, cloudpickle, is several times slower on them than pickle.
+            # Making options starts the router, which tells replica_directory.py of the replicas. So would a call, but
+            # one that waits for a replica is a request to Serve, and starts the first replica of a pool at zero.
+            self._handles[application] = handle.options(request_serialization="pickle", response_serialization="pickle")
+            self._asked_at = -math.inf
+        if not replicas_of(application):
+            return await self._in_status(application)
         try:
-            # A call to nobody: the router answers it in this process, unless the pool is empty or gone.
+            # A call to nobody: the router answers it in this process, unless the pool has just become empty or gone.
             async with asyncio.timeout(_PROBE_LIMIT_S):
                 await self._handles[application].load.remote(target="")
         except DeploymentUnavailableError:
@@ -100,3 +109,12 @@ class ServePools:
         except (ReplicaGone, TimeoutError):
             return True
         return True
+
+    async def _in_status(self, application: str) -> bool:
+        """Whether Serve has the application, as its status said lately. Costs 50 ms of this process, and no call to the
+        pool, which is empty."""
+        now = time.monotonic()
+        if now - self._asked_at >= _STATUS_PERIOD_S:
+            self._asked_at = now
+            self._known = frozenset((await asyncio.to_thread(serve.status)).applications)
+        return application in self._known

@@ -23,8 +23,9 @@ from deployments.contracts import (
 )
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
 from deployments.engine.orphans import Orphanage
-from deployments.engine.replica import DrainRate, EngineReplica
+from deployments.engine.replica import EngineReplica
 from deployments.engine.step_outbox import HEARTBEAT_S
+from deployments.engine.step_times import StepTimes
 from tests.deployments.accounts import RecordedOutbox, account
 
 
@@ -32,8 +33,10 @@ class ScriptedEngine:
     """Delivers when told to, refuses when `full`, and is as healthy as the test wants."""
 
     max_model_len = 512
+    max_num_seqs = 4
 
     def __init__(self) -> None:
+        self.step_times = StepTimes()
         self.on_death: Callable[[], None] = lambda: None
         self.alive: dict[str, Deliver] = {}
         self.submitted: list[tuple[list[int], Sampling]] = []
@@ -351,45 +354,6 @@ async def test_shutting_down_ends_the_streams_and_can_be_repeated(
 
 async def test_the_load_is_the_engines_with_the_drain_rate(replica: EngineReplica, engine: ScriptedEngine) -> None:
     assert replica.load() == EngineLoad(kv_blocks_free=5, kv_blocks_total=9, finished_per_s=0.0)
-
-
-def read_every_second(rate: DrainRate, seconds: range, ended_per_s: int) -> list[float]:
-    readings = []
-    for now in seconds:
-        for _ in range(ended_per_s):
-            rate.count()
-        readings.append(rate.read(float(now)))
-    return readings
-
-
-def test_the_drain_rate_approaches_the_measured_rate() -> None:
-    readings = read_every_second(DrainRate(0.0), range(1, 61), ended_per_s=5)
-    assert readings == sorted(readings)
-    assert readings[9] == pytest.approx(5 * (1 - 0.9**10))
-    assert readings[-1] == pytest.approx(5, rel=0.01)
-
-
-def test_the_drain_rate_falls_when_nothing_ends_any_more() -> None:
-    rate = DrainRate(0.0)
-    read_every_second(rate, range(1, 61), ended_per_s=5)
-    readings = read_every_second(rate, range(61, 121), ended_per_s=0)
-    assert readings == sorted(readings, reverse=True)
-    assert readings[-1] < 0.02
-
-
-def test_reading_the_drain_rate_often_does_not_change_it() -> None:
-    rate = DrainRate(0.0)
-    for _ in range(5):
-        rate.count()
-    assert [rate.read(now) for now in (0.1, 0.5, 0.99)] == [0.0] * 3
-    assert rate.read(1.0) == pytest.approx(0.5)
-
-
-def test_after_a_long_silence_the_drain_rate_is_that_of_the_silence() -> None:
-    rate = DrainRate(0.0)
-    for _ in range(30):
-        rate.count()
-    assert rate.read(15.0) == pytest.approx(2.0)
 
 
 async def test_finished_generations_make_the_drain_rate(

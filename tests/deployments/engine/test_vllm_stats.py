@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 from types import SimpleNamespace
 
+import pytest
+
+from deployments.engine.step_times import StepTimes
 from tests.deployments.engine.engines_under_test import VLLM_MARKS
 
 pytestmark = VLLM_MARKS
@@ -17,12 +20,12 @@ def config(blocks: int | None) -> SimpleNamespace:
 def test_the_logger_answers_all_that_vllm_demands_of_one() -> None:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    from deployments.engine._vllm_stats import KvCacheGauge, _Logger
+    from deployments.engine._vllm_stats import EngineGauge, _Logger
 
     assert StatLoggerBase.__abstractmethods__ == {"__init__", "record", "log_engine_initialized"}
     theirs, ours = (inspect.signature(kind.record).parameters for kind in (StatLoggerBase, _Logger))
     assert list(ours) == list(theirs)
-    logger = KvCacheGauge().logger(config(100), 0)
+    logger = EngineGauge(StepTimes()).logger(config(100), 0)
     assert isinstance(logger, StatLoggerBase)
     logger.log_engine_initialized()
 
@@ -30,9 +33,9 @@ def test_the_logger_answers_all_that_vllm_demands_of_one() -> None:
 def test_the_gauge_follows_vllms_scheduler() -> None:
     from vllm.v1.metrics.stats import SchedulerStats
 
-    from deployments.engine._vllm_stats import KvCacheGauge
+    from deployments.engine._vllm_stats import EngineGauge
 
-    gauge = KvCacheGauge()
+    gauge = EngineGauge(StepTimes())
     assert (gauge.blocks_free, gauge.blocks_total) == (0, 0)
     logger = gauge.logger(config(100), 0)
     assert (gauge.blocks_free, gauge.blocks_total) == (100, 100)
@@ -49,8 +52,39 @@ def test_the_configuration_names_the_number_of_kv_blocks() -> None:
 
 
 def test_an_unknown_number_of_kv_blocks_counts_as_none() -> None:
-    from deployments.engine._vllm_stats import KvCacheGauge
+    from deployments.engine._vllm_stats import EngineGauge
 
-    gauge = KvCacheGauge()
+    gauge = EngineGauge(StepTimes())
     gauge.logger(config(None), 0)
     assert (gauge.blocks_free, gauge.blocks_total) == (0, 0)
+
+
+def test_steps_with_and_without_prefill_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.metrics.stats import IterationStats, PrefillStats
+
+    from deployments.engine import _vllm_stats
+
+    now = 100.0
+    monkeypatch.setattr("deployments.engine._vllm_stats.time.perf_counter", lambda: now)
+    times = StepTimes()
+    gauge = _vllm_stats.EngineGauge(times)
+    logger = gauge.logger(config(100), 0)
+    for _ in range(50):
+        gauge.work_begins()
+        prefill = PrefillStats()
+        prefill.num_prompt_tokens, prefill.num_computed_tokens = 1200, 1000
+        first = IterationStats()
+        first.num_generation_tokens = 1
+        first.prompt_token_stats.update_from_output(prefill)
+        now += 0.06
+        logger.record(scheduler_stats=None, iteration_stats=None)  # the first part of the prefill gives no token
+        now += 0.06
+        logger.record(scheduler_stats=None, iteration_stats=first)
+        for _ in range(5):
+            decode = IterationStats()
+            decode.num_generation_tokens = 1
+            now += 0.01
+            logger.record(scheduler_stats=None, iteration_stats=decode)
+        now += 30.0  # idle
+    assert times.step_s(1) == pytest.approx(0.01, rel=0.01)
+    assert times.prefill_tokens_per_s == pytest.approx(1000 / 0.1, rel=0.01)

@@ -1,0 +1,103 @@
+"""The scaling decision of a model's pool as a policy of Ray Serve, whose controller calls it ten times a second."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+from ray.serve.config import AutoscalingContext
+from ray.util.metrics import Counter
+
+from deployments.engine.autoscaling import (
+    Decision,
+    PoolScaler,
+    PoolSignals,
+    ReplicaSignals,
+    ScalingTargets,
+)
+from deployments.engine.scaling_board import DecisionBoard, ShownDecision, demand_of
+
+__all__ = ["DecisionLog", "PoolPolicy", "latest_values"]
+
+_PERIOD_S = 0.5
+_SHOW_AGAIN_S = 2.0
+_REPORT_LIMIT_S = 10.0
+"""What a replica said longer ago says nothing of now."""
+
+
+def latest_values(ctx: AutoscalingContext) -> list[dict[str, float]]:
+    """What each replica reported last through `record_autoscaling_stats`, without those that said nothing lately."""
+    told: dict[Any, dict[str, float]] = {}
+    for name, series_of_replicas in (ctx.raw_metrics or {}).items():
+        for replica, series in series_of_replicas.items():
+            if series and ctx.current_time - series[-1].timestamp < _REPORT_LIMIT_S:
+                told.setdefault(replica, {})[name] = series[-1].value
+    return list(told.values())
+
+
+class DecisionLog:
+    """Tells of decisions: in the log and a counter when the number changes, and on the board."""
+
+    def __init__(self, application: str, home: Path) -> None:
+        self._application = application
+        self._board = DecisionBoard(home)
+        self._shown = ShownDecision(0, "")
+        self._shown_at = -math.inf
+        self._changes = Counter(
+            "millstream_scaling_decisions",
+            description="Changes of the number of replicas that were decided on",
+            tag_keys=("application", "direction"),
+        )
+
+    def tell(self, now: float, target: int, decision: Decision) -> None:
+        """`target`: what was wanted before. `now` in Unix seconds."""
+        if decision.replicas != target:
+            direction = "up" if decision.replicas > target else "down"
+            self._changes.inc(tags={"application": self._application, "direction": direction})
+            structlog.get_logger().info(
+                "scaling", application=self._application, before=target, now=decision.replicas, reason=decision.reason
+            )
+            shown = ShownDecision(decision.replicas, decision.reason, now, target, decision.reason)
+        elif now - self._shown_at >= _SHOW_AGAIN_S:
+            old = self._shown
+            shown = ShownDecision(decision.replicas, decision.reason, old.changed_at, old.changed_from, old.changed_for)
+        else:
+            return
+        self._shown, self._shown_at = shown, now
+        self._board.show(self._application, shown)
+
+
+class PoolPolicy:
+    """For `autoscaling_config.policy` of a deployment Engine."""
+
+    def __init__(self, model: str, home: str, targets: Mapping[str, Any]) -> None:
+        self._model = model
+        self._scaler = PoolScaler(ScalingTargets(**targets))
+        self._log: DecisionLog | None = None
+        self._home = Path(home)
+        self._decided_at = -math.inf
+
+    def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        now = time.monotonic()
+        target = ctx.target_num_replicas
+        if now - self._decided_at < _PERIOD_S:
+            return target, {}
+        self._decided_at = now
+        replicas = [
+            ReplicaSignals(*(values[field] for field in ReplicaSignals._fields))
+            for values in latest_values(ctx)
+            if values.keys() >= set(ReplicaSignals._fields)
+        ]
+        if ctx.running_replicas and not replicas:
+            return target, {}  # they have not reported yet, or not to this controller
+        demand = demand_of(self._model, ctx.current_time)
+        signals = PoolSignals(target=target, replicas=tuple(replicas), **demand._asdict())
+        decision = self._scaler.decide(now, signals)
+        if self._log is None:
+            self._log = DecisionLog(ctx.app_name, self._home)
+        self._log.tell(ctx.current_time, target, decision)
+        return decision.replicas, {}
