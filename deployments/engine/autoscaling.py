@@ -20,6 +20,8 @@ _MAX_BATCH_SHARE = 0.9
 """Share of `max_num_seqs` that may run: above it new sequences begin to wait for old ones to end."""
 _UP_TOLERANCE, _DOWN_MARGIN = 0.05, 0.1
 """Replicas are added when more than 5% too few are there, and taken away when 10% more load would still fit."""
+_START_MEMORY = 0.3
+"""Weight of each further start in their mean."""
 _ANY_LOAD = 0.9
 """Replicas that any load wants, however small: one with all margins."""
 _STEP_UP_AT_LEAST = 4
@@ -64,6 +66,8 @@ class ReplicaSignals(NamedTuple):
     """Of a decode step now."""
     start_up_s: float
     """How long it took to start."""
+    idle_s: float = 0.0
+    """Since it last had anything to do; 0 while it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +125,12 @@ def _capacity(replicas: tuple[ReplicaSignals, ...], before: _Capacity) -> _Capac
     return _Capacity(*(new or old for new, old in zip(now, before, strict=True)))
 
 
-def _wanted(signals: PoolSignals, targets: ScalingTargets, capacity: _Capacity) -> Wanted:
+def _wanted(signals: PoolSignals, targets: ScalingTargets, capacity: _Capacity, start_s: float) -> Wanted:
     """What keeps the expected first-token time and the KV use within the targets.
 
     Each of prefill, batch and KV gives a count: for the load that arrives, at a share that keeps queues short; and for
     that load and what waits already, at all that replicas can do, so that the wait is over `horizon_s` from now: the
-    target, and the time that a replica takes to come.
+    target, and `start_s` that a replica takes to come.
     """
     replicas = signals.replicas
     arrivals = sum(each.arrivals_per_s for each in replicas)
@@ -135,7 +139,7 @@ def _wanted(signals: PoolSignals, targets: ScalingTargets, capacity: _Capacity) 
     kv_used = sum(each.kv_blocks_used for each in replicas)
     backlog = sum(each.waiting for each in replicas) + signals.held
     backlog_tokens = sum(each.waiting_prefill_tokens for each in replicas) + signals.held_tokens
-    horizon_s = targets.target_first_token_s + capacity.start_up_s
+    horizon_s = targets.target_first_token_s + start_s
     counts = [Wanted(0.0, "no load")]
     if signals.held:
         counts.append(Wanted(_ANY_LOAD, f"{signals.held:.0f} requests are held for a first replica"))
@@ -217,6 +221,29 @@ class ReplicaScaler:
         return watched and now - self._last_down >= self._down_after_s / 4
 
 
+class _StartTimes:
+    """How long replicas take from the decision to their first report: placement, process, weights and all."""
+
+    def __init__(self) -> None:
+        self.mean_s = 0.0
+        """Of the last few; 0 while none has come."""
+        self._ordered_at: deque[float] = deque()
+        """Of each replica that has not come yet, oldest first."""
+        self._up = 0
+
+    def follow(self, now: float, up: int, target: int) -> None:
+        """`up` report; `target` is what was decided now."""
+        for _ in range(min(up - self._up, len(self._ordered_at))):
+            took_s = now - self._ordered_at.popleft()
+            self.mean_s += (took_s - self.mean_s) * (_START_MEMORY if self.mean_s else 1.0)
+        self._up = up
+        missing = max(0, target - up)
+        while len(self._ordered_at) > missing:
+            self._ordered_at.pop()
+        while len(self._ordered_at) < missing:
+            self._ordered_at.append(now)
+
+
 class PoolScaler:
     """Decides on one model's pool; call it about twice a second."""
 
@@ -224,24 +251,24 @@ class PoolScaler:
         self._targets = targets
         self._scaler = ReplicaScaler(max(targets.min, 1), targets.max, targets.scale_down_after_s)
         self._capacity = _Capacity()
+        self._starts = _StartTimes()
         self._last_busy: float | None = None
         self._last_change = -math.inf
 
     def decide(self, now: float, signals: PoolSignals) -> Decision:
         """`now` in seconds of any steady clock."""
         self._capacity = _capacity(signals.replicas, self._capacity)
-        wanted = _wanted(signals, self._targets, self._capacity)
-        busy = bool(signals.held) or any(
-            each.running or each.waiting or each.arrivals_per_s > 0 for each in signals.replicas
-        )
-        if busy or self._last_busy is None:
-            self._last_busy = now
+        start_s = self._starts.mean_s or self._capacity.start_up_s
+        wanted = _wanted(signals, self._targets, self._capacity, start_s)
+        idle_s = 0.0 if signals.held else min((each.idle_s for each in signals.replicas), default=math.inf)
+        self._last_busy = max(now if self._last_busy is None else self._last_busy, now - idle_s)
         decision = self._scaler.decide(now, signals.target, self._overdue(now, signals) or wanted)
         if self._targets.min == 0:
-            if signals.target == 0 and not busy:
+            if signals.target == 0 and not signals.held:
                 decision = Decision(0, "idle")
             elif signals.target == 1 and now - self._last_busy >= self._targets.idle_to_zero_after_s:
                 decision = Decision(0, f"idle for {now - self._last_busy:.0f} s")
+        self._starts.follow(now, len(signals.replicas), decision.replicas)
         if decision.replicas != signals.target:
             self._last_change = now
         return decision

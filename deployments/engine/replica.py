@@ -55,7 +55,8 @@ class EngineReplica:
         self._streams: dict[str, _Stream] = {}
         self._start_up_s = start_up_s
         self._demand = Demand(time.monotonic())
-        self._submitted = 0
+        self._submitted = self._submitted_before = 0
+        self._busy_at = time.monotonic()
 
     def load(self) -> EngineLoad:
         return msgspec.structs.replace(
@@ -68,6 +69,8 @@ class EngineReplica:
         """What the decision on the number of replicas rests on."""
         now = time.monotonic()
         load, times, demand = self._engine.load(), self._engine.step_times, self._demand
+        if load.running or load.waiting or self._submitted != self._submitted_before:
+            self._busy_at, self._submitted_before = now, self._submitted
         return ReplicaSignals(
             running=load.running,
             waiting=load.waiting,
@@ -81,6 +84,7 @@ class EngineReplica:
             prefill_tokens_per_s=times.prefill_tokens_per_s,
             step_s=times.step_s(load.running),
             start_up_s=self._start_up_s,
+            idle_s=now - self._busy_at,
         )
 
     async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
