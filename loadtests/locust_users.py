@@ -190,6 +190,9 @@ class CompletionsUser(User):  # type: ignore[misc]  # untyped
 class ScenarioShape(LoadTestShape):  # type: ignore[misc]  # untyped
     """How many users there are at which time."""
 
+    _sources_at_s = 0.0
+    """When the sources of an open loop were all there."""
+
     def tick(self) -> tuple[int, float] | None:
         if run.refused and self.runner.state in ("spawning", "running"):  # else it is the run before that was refused
             return None
@@ -200,7 +203,9 @@ class ScenarioShape(LoadTestShape):  # type: ignore[misc]  # untyped
         at_s = self.get_run_time()
         if scenario.closed is None:
             sources = max(1, self.runner.worker_count) if isinstance(self.runner, MasterRunner) else 1
-            return (sources, sources) if at_s < scenario.seconds + 1.0 else None
+            if self.runner.state != "running":  # workers may take long to start theirs
+                self._sources_at_s = at_s
+            return (sources, sources) if at_s - self._sources_at_s < scenario.seconds + 1.0 else None
         for stage in scenario.closed.stages:
             if at_s < stage.seconds:
                 return stage.users, max(1.0, float(stage.users))

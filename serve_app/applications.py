@@ -26,7 +26,7 @@ from deployments.ingress.autoscaling_policy import IngressPolicy
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.deployment import MeterDeployment
 from deployments.meter.shards import GATEWAY, meter_names
-from serve_app.config import ClusterConfig, ModelConfig, ReplicaRange, VllmEngineConfig
+from serve_app.config import ClusterConfig, ModelConfig, ModelResources, ReplicaRange, VllmEngineConfig
 
 __all__ = [
     "GATEWAY",
@@ -239,6 +239,12 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
     }
 
 
+def _needs(resources: ModelResources) -> dict[str, float]:
+    """What a replica reserves, by Ray's names."""
+    accelerator = {} if resources.accelerator is None else {f"accelerator_type:{resources.accelerator}": 0.001}
+    return {"CPU": resources.cpus, "GPU": resources.gpus, **accelerator}
+
+
 def _autoscaling(replicas: ReplicaRange, policy: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """Serve's `autoscaling_config` that leaves every decision to `policy`, made with `arguments`: no delay is added."""
     return {
@@ -279,7 +285,12 @@ def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
         deployment["autoscaling_config"] = _autoscaling(
             model.replicas,
             PoolPolicy,
-            {"model": model.name, "home": str(home), "targets": model.replicas.model_dump()},
+            {
+                "model": model.name,
+                "home": str(home),
+                "targets": model.replicas.model_dump(),
+                "needs": _needs(model.resources),
+            },
         )
     # What may change without touching the replicas that run is no part of the arguments.
     arguments = model.model_dump(mode="json", exclude=_NOT_OF_REPLICAS)

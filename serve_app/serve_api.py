@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import httpx
 
-__all__ = ["Application", "Replica", "ServeApi", "ServeApiError"]
+from deployments.engine.placement import misfit
+
+__all__ = ["Application", "Replica", "Resources", "ServeApi", "ServeApiError", "unplaced"]
 
 _PATH = "/api/serve/applications/"
 
@@ -40,12 +42,23 @@ class Application(NamedTuple):
     """Serve's words on each deployment, empty where there is nothing to say."""
     wanted: dict[str, int]
     """Replicas that each deployment should have."""
+    needs: dict[str, dict[str, float]]
+    """What a replica of each deployment reserves, by Ray's name of the resource."""
 
     @property
     def reasons(self) -> list[str]:
         """What Serve says of the application and its deployments, without Python's tracebacks."""
         messages = [_without_traceback(message) for message in (self.message, *self.messages.values())]
         return [message for message in dict.fromkeys(messages) if message]
+
+
+class Resources(NamedTuple):
+    """Amounts by Ray's name of the resource."""
+
+    nodes: list[dict[str, float]]
+    """What each node has."""
+    free: dict[str, float]
+    """What is left, over all nodes."""
 
 
 class ServeApi:
@@ -84,6 +97,19 @@ class ServeApi:
             described = response.json()
         return [_application(name, fields) for name, fields in described.get("applications", {}).items()]
 
+    def resources(self) -> Resources:
+        """Those of the nodes."""
+        with self._errors():
+            response = self._client.get("/api/cluster_status")
+            response.raise_for_status()
+            by_node = response.json()["data"]["clusterStatus"]["loadMetricsReport"]["usageByNode"]
+        nodes = [{name: total for name, (_, total) in used.items()} for used in by_node.values()]
+        free: dict[str, float] = {}
+        for used in by_node.values():
+            for name, (taken, total) in used.items():
+                free[name] = free.get(name, 0.0) + total - taken
+        return Resources(nodes, free)
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -92,6 +118,17 @@ class ServeApi:
             raise ServeApiError(f"Ray Serve refused: {error.response.text[-2000:]}") from error
         except httpx.HTTPError as error:
             raise ServeApiError(f"Ray Serve's REST API does not answer: {error!r}") from error
+
+
+def unplaced(application: Application, resources: Resources) -> list[str]:
+    """Why replicas that Serve has not placed on a node have no place, in words."""
+    told = []
+    for deployment, replicas in application.deployments.items():
+        waiting = sum(replica.state == "STARTING" and not replica.node_ip for replica in replicas)
+        needs = {name: amount for name, amount in application.needs[deployment].items() if name in ("CPU", "GPU")}
+        if waiting and (reason := misfit(needs, *resources)):
+            told.append(f"{waiting} of {application.wanted[deployment]} replicas have no place: {reason}")
+    return told
 
 
 def _without_traceback(message: str) -> str:
@@ -120,4 +157,5 @@ def _application(name: str, fields: dict[str, Any]) -> Application:
         },
         messages={deployment: described.get("message", "") for deployment, described in deployments.items()},
         wanted={deployment: described.get("target_num_replicas") or 0 for deployment, described in deployments.items()},
+        needs={deployment: described.get("required_resources") or {} for deployment, described in deployments.items()},
     )

@@ -23,6 +23,8 @@ from tests.postgres import PostgresServer, postgres_binaries, postgres_server
 from tests.vllm_server import vllm_server
 
 ROOT = Path(__file__).parents[1]
+THOROUGH = bool(os.environ.get("MILLSTREAM_THOROUGH"))
+"""Whether tests that repeat themselves, or draw cases at random, do so as often as they ever do."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 import structlog
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Counter
@@ -19,12 +20,15 @@ from deployments.engine.autoscaling import (
     ReplicaSignals,
     ScalingTargets,
 )
+from deployments.engine.placement import misfit
 from deployments.engine.scaling_board import DecisionBoard, ShownDecision, demand_of
 
 __all__ = ["DecisionLog", "PoolPolicy", "latest_values"]
 
 _PERIOD_S = 0.5
 _SHOW_AGAIN_S = 2.0
+_COMING_S, _PLACE_PERIOD_S = 2.0, 5.0
+"""Replicas that are missing for so long may have no place; that is looked into so often."""
 _REPORT_LIMIT_S = 10.0
 """What a replica said longer ago says nothing of now."""
 
@@ -74,8 +78,12 @@ class DecisionLog:
 class PoolPolicy:
     """For `autoscaling_config.policy` of a deployment Engine."""
 
-    def __init__(self, model: str, home: str, targets: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, home: str, targets: Mapping[str, Any], needs: Mapping[str, float]) -> None:
+        """`needs`: what a replica reserves, by Ray's name of the resource."""
         self._model = model
+        self._needs = needs
+        self._complete_at = self._placed_at = -math.inf
+        self._no_place: str | None = None
         self._scaler = PoolScaler(ScalingTargets(**targets))
         self._log: DecisionLog | None = None
         self._home = Path(home)
@@ -97,7 +105,23 @@ class PoolPolicy:
         demand = demand_of(self._model, ctx.current_time)
         signals = PoolSignals(target=target, replicas=tuple(replicas), **demand._asdict())
         decision = self._scaler.decide(now, signals)
+        if no_place := self._missing(now, len(ctx.running_replicas), target):
+            decision = Decision(decision.replicas, f"{decision.reason}; {no_place}")
         if self._log is None:
             self._log = DecisionLog(ctx.app_name, self._home)
         self._log.tell(ctx.current_time, target, decision)
         return decision.replicas, {}
+
+    def _missing(self, now: float, running: int, target: int) -> str | None:
+        """Why replicas do not come, if it is for want of a place; looked at while some have been missing for long."""
+        if running >= target:
+            self._complete_at, self._no_place = now, None
+        elif now - self._complete_at >= _COMING_S and now - self._placed_at >= _PLACE_PERIOD_S:
+            self._placed_at = now
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            reason = misfit(self._needs, nodes, ray.available_resources())
+            told = reason and f"{target - running} of {target} replicas are not up: {reason}"
+            if told and told != self._no_place:
+                structlog.get_logger().warning("no place for replicas", model=self._model, reason=told)
+            self._no_place = told
+        return self._no_place

@@ -8,6 +8,7 @@ pickles those by value: their globals would be copies, those of an imported modu
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,8 +59,11 @@ class DecisionBoard:
         os.replace(new, file)
 
     def read(self, application: str) -> ShownDecision | None:
-        """None while nothing was decided."""
+        """None while nothing is decided, as for a fixed number of replicas, or by nobody."""
+        file = self._folder / f"{application}.json"
         try:
-            return msgspec.json.decode((self._folder / f"{application}.json").read_bytes(), type=ShownDecision)
+            if time.time() - file.stat().st_mtime > _STALE_S:
+                return None
+            return msgspec.json.decode(file.read_bytes(), type=ShownDecision)
         except FileNotFoundError:
             return None

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from datetime import timedelta
 from typing import Annotated, Any
 
 import httpx
+import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from deployments.engine.scaling_board import DecisionBoard
 from deployments.meter.keys import ensure_admin_key
 from serve_app.config import millstream_home
 from serve_app.ray_node import RayNode
-from serve_app.serve_api import ServeApi, ServeApiError
+from serve_app.serve_api import ServeApi, ServeApiError, unplaced
 
 __all__ = ["status"]
 
@@ -31,11 +35,13 @@ def status(
         typer.echo(f"No cluster runs under {home}. Start one with: millstream up cluster.yaml", err=True)
         raise typer.Exit(1)
     try:
-        applications = ServeApi(node.dashboard_url, node.token).applications()
+        api = ServeApi(node.dashboard_url, node.token)
+        applications, resources = api.applications(), api.resources()
     except ServeApiError as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from None
     loads = _loads(node, ensure_admin_key(home))
+    board = DecisionBoard(home)
     described = {
         "cluster": node.name,
         "url": f"http://{node.http_host}:{node.http_port}/v1",
@@ -43,7 +49,8 @@ def status(
             {
                 "name": application.name,
                 "status": application.status,
-                "messages": application.reasons,
+                "messages": [*application.reasons, *unplaced(application, resources)],
+                "scaling": None if (shown := board.read(application.name)) is None else msgspec.to_builtins(shown),
                 "deployments": [
                     {
                         "name": deployment,
@@ -108,6 +115,16 @@ def _show(described: dict[str, Any]) -> None:
                     told = "" if load is None else _load(load)
                     table.add_row("", name, count, replica["id"], replica["state"], replica["node"], told)
         console.print(table)
+        if (scaling := application["scaling"]) is not None:
+            console.print(f"  {_scaling(scaling)}", markup=False)
+
+
+def _scaling(scaling: dict[str, Any]) -> str:
+    told = f"scaled to {scaling['replicas']}: {scaling['reason']}"
+    if scaling["changed_at"] is None:
+        return told
+    ago = str(timedelta(seconds=int(time.time() - scaling["changed_at"])))
+    return f"{told}\n  {ago} ago from {scaling['changed_from']}: {scaling['changed_for']}"
 
 
 def _load(load: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from deployments.meter.keys import ensure_admin_key
 from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
 from serve_app.model_source import ModelSourceError, prepare_model
 from serve_app.ray_node import RayNode, RayNodeError, processes_of, write_secret
-from serve_app.serve_api import Application, ServeApi, ServeApiError
+from serve_app.serve_api import Application, ServeApi, ServeApiError, unplaced
 
 __all__ = ["up"]
 
@@ -139,6 +139,9 @@ def _await_running(api: ServeApi, config: ClusterConfig, stopping: threading.Eve
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise StartError(_reason(application))
         progress = ", ".join(_progress(application) for application in applications)
+        if any(application.status == "DEPLOYING" for application in applications):
+            resources = api.resources()
+            progress = "\n  ".join([progress, *(why for each in applications for why in unplaced(each, resources))])
         now = time.monotonic()
         if progress and (progress != last or now - said > _SILENCE_S):
             _say(f"[{now - begun:3.0f} s] replicas up: {progress}")

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.conformance.leaks import assert_no_leak
-from tests.conftest import RunningCluster
+from tests.conftest import THOROUGH, RunningCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-CASES = 5_000
+CASES = 5_000 if THOROUGH else 2_500
 PATHS = {
     "/v1/completions": "openai",
     "/openai/v1/completions": "openai",

@@ -12,7 +12,7 @@ from serve_app.serve_api import Application, Replica, ServeApi, ServeApiError
 
 
 def told(message: str, **deployments: str) -> list[str]:
-    return Application("model-a", "DEPLOY_FAILED", message, {}, deployments, {}).reasons
+    return Application("model-a", "DEPLOY_FAILED", message, {}, deployments, {}, {}).reasons
 
 
 def trace_of(error: Exception) -> str:

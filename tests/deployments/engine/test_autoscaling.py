@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ class Pool:
         self.now = 1000.0
         self.reason = ""
 
-    def decide(self, each: ReplicaSignals = IDLE, *, up: int | None = None, **ingress: float) -> int:
+    def decide(self, each: ReplicaSignals = IDLE, *, up: int | None = None, **ingress: Any) -> int:
         """`up` replicas report, all of the target unless said otherwise."""
         replicas = (each,) * (self.target if up is None else up)
         decision: Decision = self.scaler.decide(self.now, PoolSignals(target=self.target, replicas=replicas, **ingress))
@@ -51,7 +52,7 @@ class Pool:
         self.now += 0.5
         return self.target
 
-    def decide_for(self, seconds: float, each: ReplicaSignals = IDLE, **ingress: float) -> list[int]:
+    def decide_for(self, seconds: float, each: ReplicaSignals = IDLE, **ingress: Any) -> list[int]:
         return [self.decide(each, **ingress) for _ in range(int(2 * seconds))]
 
 

@@ -147,7 +147,7 @@ async def test_a_long_prompt_neither_holds_the_event_loop_nor_delays_short_ones(
     assert len(ids) > 400_000
     assert finished_before > 50
     # A tokenizer that kept the GIL would show a lag of the whole duration; other processes cause some too.
-    assert worst_lag_s < duration_s / 5
+    assert worst_lag_s < duration_s / 2
 
 
 # --- prompt options ---------------------------------------------------------------------------------------
