@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import time
@@ -14,11 +13,11 @@ from typing import Any, Final
 import jinja2
 import msgspec
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from loadtests.endpoint import Served
 from loadtests.token_metrics import Distribution, Interval, TokenMetrics
+from serve_app.report_page import STYLE, logarithmic, svg
 
 __all__ = ["Report", "Sample", "html", "write_report"]
 
@@ -76,6 +75,7 @@ def html(report: Report) -> str:
     environment.filters["figure"] = lambda value: f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
     environment.filters["percentile"] = _percentile
     return environment.from_string(_TEMPLATE.read_text()).render(
+        style=STYLE,
         report=report,
         metrics=metrics,
         began=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
@@ -123,7 +123,7 @@ def _plots(report: Report, began: int) -> list[tuple[str, str]]:
                 )
         axis.set_xticks([-math.log10(1 - share) for share in (0.5, 0.9, 0.99, 0.999)], ["50", "90", "99", "99.9"])
         axis.set_xlabel("percentile")
-        _milliseconds(axis)
+        logarithmic(axis, "ms")
 
     def latency_over_time(axis: Axes) -> None:
         for name, color in (("first_token_s", "tab:blue"), ("between_tokens_s", "tab:orange")):
@@ -137,7 +137,7 @@ def _plots(report: Report, began: int) -> list[tuple[str, str]]:
                     color=color,
                     label=f"{name.removesuffix('_s').replace('_', ' ')}, p{percent}",
                 )
-        _milliseconds(axis)
+        logarithmic(axis, "ms")
 
     def throughput(axis: Axes) -> None:
         axis.plot(times, [each.tokens / every_s for each in intervals], label="completion tokens/s")
@@ -174,40 +174,4 @@ def _plots(report: Report, began: int) -> list[tuple[str, str]]:
     ]
     if sampled:
         drawings.append(("Replicas in rotation", replicas))
-    return [(title, _svg(draw, metrics.duration_s if draw is not latency else None)) for title, draw in drawings]
-
-
-def _milliseconds(axis: Axes) -> None:
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_ylabel("ms")
-
-
-def _svg(draw: Callable[[Axes], None], over_s: int | None) -> str:
-    """`over_s`: how long the time on its horizontal axis is."""
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    axis = figure.subplots()
-    draw(axis)
-    axis.grid(visible=True, alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    if over_s is not None:
-        unit_s, unit = (1, "seconds") if over_s <= 300 else (60, "minutes") if over_s <= 4 * 3600 else (3600, "hours")
-        axis.set_xlabel(f"{unit} since the start")
-        axis.xaxis.set_major_locator(MultipleLocator(unit_s * _step(over_s / unit_s)))
-        axis.xaxis.set_major_formatter(lambda at, _: f"{at / unit_s:g}")
-        axis.set_xlim(0, over_s)
-        if axis.get_yscale() == "linear":
-            axis.set_ylim(bottom=0, top=max(1.0, axis.get_ylim()[1]))
-    if lines := len(axis.get_legend_handles_labels()[0]):
-        figure.legend(loc="outside lower center", ncols=2 if lines == 4 else 3, frameon=False)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def _step(length: float) -> float:
-    """Between ticks, a round one of which six to twelve fit."""
-    return next((step for step in (1, 2, 5, 10, 20, 30, 60, 120) if length / step <= 12), length / 10)
+    return [(title, svg(draw, metrics.duration_s if draw is not latency else None)) for title, draw in drawings]

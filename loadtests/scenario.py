@@ -6,7 +6,6 @@ became of those before; Poisson arrivals, or a trace. Free of locust.
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from typing import Annotated, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from serve_app.planning.workload import TraceError, TraceRow, read_trace
 
 __all__ = ["Arrival", "Kind", "Scenario", "ScenarioError", "arrivals", "load_scenario", "scenario_files"]
 
@@ -170,12 +171,6 @@ def arrivals(scenario: Scenario, seed: int) -> Iterator[Arrival]:
             begins_s += stage.seconds
 
 
-class _Row(NamedTuple):
-    at_s: float
-    prompt_tokens: int
-    max_tokens: int
-
-
 def _trace(trace: Trace) -> Iterator[Arrival]:
     for row in _rows(trace.file):
         prompt, most = (Range(min=tokens, max=tokens) for tokens in (row.prompt_tokens, row.max_tokens))
@@ -183,28 +178,12 @@ def _trace(trace: Trace) -> Iterator[Arrival]:
 
 
 @lru_cache(maxsize=1)
-def _rows(file: Path) -> tuple[_Row, ...]:
+def _rows(file: Path) -> tuple[TraceRow, ...]:
     """At least one, by time. Raises ScenarioError."""
-    advice = "A trace is a CSV file with the columns at_s, prompt_tokens and max_tokens, none below 0, 1 and 1."
-    rows: list[_Row] = []
     try:
-        with file.open(newline="") as lines:
-            reader = csv.DictReader(lines)
-            for fields in reader:
-                row = _Row(float(fields["at_s"]), int(fields["prompt_tokens"]), int(fields["max_tokens"]))
-                if not (0 <= row.at_s < math.inf and row.prompt_tokens >= 1 and row.max_tokens >= 1):
-                    told = ",".join(str(each) for each in row)
-                    raise ScenarioError(f"{file}, line {reader.line_num}: {told} is out of range. {advice}")
-                rows.append(row)
-    except KeyError as error:
-        raise ScenarioError(f"{file}: there is no column {error}. {advice}") from error
-    except (ValueError, TypeError) as error:
-        raise ScenarioError(f"{file}, line {reader.line_num}: {error}. {advice}") from error
-    except OSError as error:
-        raise ScenarioError(f"{file}: {error.strerror}. {advice}") from error
-    if not rows:
-        raise ScenarioError(f"{file}: there is not a single arrival. {advice}")
-    return tuple(sorted(rows))
+        return read_trace(file)
+    except TraceError as error:
+        raise ScenarioError(str(error)) from error
 
 
 def scenario_files() -> list[Path]:

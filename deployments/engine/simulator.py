@@ -1,8 +1,9 @@
 """Continuous batching as a pure state machine: no clock, no event loop, no I/O.
 
-Time passes only by the duration that `step` returns, so the same model runs in real time behind the simulated engine
-and in virtual time for planning. It has what makes serving hard: a batch limit, chunked prefill that shares steps with
-decoding, KV blocks that run out, and a prefix cache.
+Time passes only by the duration that `step` returns. It runs in real time behind the simulated engine; for planning in
+virtual time, serve_app/planning/replica_model.py takes many steps at once and is tested against it. It has what makes
+serving hard: a batch limit, chunked prefill that shares steps with decoding, KV blocks that run out, and a prefix
+cache.
 """
 
 from __future__ import annotations

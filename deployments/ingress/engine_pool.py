@@ -1,7 +1,8 @@
 """The replicas of one model as this ingress sees them: who gets a generation, and what happens when one is lost.
 
-Replicas are chosen by the load that their step streams report. Free of Ray: membership comes from outside
-(`replicas_changed`), and replicas are reached through `ReplicaTransport`.
+Replicas are chosen by the load that their step streams report; serve_app/planning/pool_simulation.py does the same in
+virtual time. Free of Ray: membership comes from outside (`replicas_changed`), and replicas are reached through
+`ReplicaTransport`.
 """
 
 from __future__ import annotations

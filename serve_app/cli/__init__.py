@@ -8,6 +8,7 @@ import typer
 from serve_app.cli.check import check
 from serve_app.cli.down import down
 from serve_app.cli.keys import keys
+from serve_app.cli.plan import plan
 from serve_app.cli.status import status
 from serve_app.cli.teams import teams
 from serve_app.cli.up import up
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (up, status, check, down, usage):
+for command in (up, status, check, down, usage, plan):
     app.command()(command)
 app.add_typer(keys, name="keys")
 app.add_typer(teams, name="teams")

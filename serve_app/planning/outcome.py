@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +81,7 @@ class Outcome:
     def direction_changes(self) -> int:
         """How often the number of replicas turned from rising to falling or back."""
         rises = [change.after > change.before for change in self.changes]
-        return sum(one != next_one for one, next_one in zip(rises, rises[1:], strict=False))
+        return sum(one != next_one for one, next_one in pairwise(rises))
 
     @property
     def mean_replicas(self) -> float:
@@ -105,6 +106,25 @@ class Outcome:
             "changes": [change._asdict() for change in self.changes],
         }
 
+    def readable(self, target_first_token_s: float) -> list[tuple[str, str]]:
+        """The same for people, without the changes: names and values."""
+        figures = self.figures(target_first_token_s)
+        share = figures["share_within_target"]
+        return [
+            ("requests", f"{self.requests:,}"),
+            ("refused", f"{figures['refused']:,}"),
+            *((f"refused: {reason}", f"{count:,}") for reason, count in self.refused.items()),
+            ("replica-hours", f"{figures['replica_hours']:,.2f}"),
+            ("replicas on average", f"{self.mean_replicas:,.1f}"),
+            ("replicas at most", f"{self.peak_replicas:,}"),
+            *(
+                (f"first token, {name}", "–" if value is None else f"{value:,.3f} s")
+                for name, value in figures["first_token_s"].items()
+            ),
+            (f"within {target_first_token_s:g} s", "–" if share is None else f"{share:.2%}"),
+            ("changes of direction", f"{self.direction_changes:,}"),
+        ]
+
     def intervals(self, points: int = 600) -> list[Interval]:
         """The whole time in equal parts of whole seconds, at most `points` of them; by arrival."""
         every_s = max(1, math.ceil(self.duration_s / points))
@@ -112,9 +132,9 @@ class Outcome:
         waits = self.first_token_at - self.arrived_at
         bounds = np.searchsorted(self.arrived_at, [*times, math.inf])
         intervals: list[Interval] = []
-        for at, begin, end in zip(times.tolist(), bounds, bounds[1:], strict=False):
+        for at, (begin, end) in zip(times.tolist(), pairwise(bounds.tolist()), strict=True):
             of_interval = waits[begin:end]
             served = of_interval[~np.isnan(of_interval)]
             p50, p99 = np.percentile(served, (50, 99)).tolist() if len(served) else (math.nan, math.nan)
-            intervals.append(Interval(at, float(end - begin) / every_s, p50, p99))
+            intervals.append(Interval(at, (end - begin) / every_s, p50, p99))
         return intervals

@@ -1,8 +1,9 @@
 """A model's pool in virtual time: placement, held requests, start-up, drain, and the scaling policy over them.
 
-The rules are those of deployments/ingress/engine_pool.py (placement, holding, refusing) and of Ray Serve (which
-replicas leave first, how often signals come and decisions are made). Replicas are moved on lazily, when they are
-looked at, so that the cost is per request, however many replicas there are.
+The rules are those of deployments/ingress/engine_pool.py (placement, holding, refusing), of
+deployments/engine/autoscaling_policy.py (how often signals come and decisions are made) and of Ray Serve (which
+replicas leave first). Replicas are moved on lazily, when they are looked at, so that the cost is per request, however
+many replicas there are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _DECIDE_EVERY_S = 0.5
 _TICKS_PER_REPORT = 2
 """Replicas and ingresses report every second: half as often as decisions are made."""
 _CANDIDATES = 8
-"""As in deployments/ingress/engine_pool.py."""
+_FIRST_TOKENS, _FIRST_TOKENS_S = 256, 5.0
+"""These three as in deployments/ingress/engine_pool.py."""
 _DRAWS = 1024
 
 
@@ -43,10 +45,14 @@ class PoolSettings:
     """Generations that a replica holds beyond those running."""
     max_held: int
     """Requests that are held while no replica is up."""
+    max_held_tokens: int
+    """Their prompt tokens."""
     hold_timeout_s: float
     drain_timeout_s: float
+    platform_start_up_s: float
+    """From the decision on a replica until its process begins to make the engine ready."""
     start_up_s: float
-    """From the decision on a replica until it takes requests."""
+    """From then on until it takes requests."""
     replicas_at_start: int
     """Up at time 0."""
 
@@ -71,13 +77,14 @@ class PoolSimulation:
         """Indexes into `_ready` for placements to come."""
         self._held: deque[tuple[float, int, int, int]] = deque()
         """Since when, prompt tokens, max_tokens, key."""
+        self._held_tokens = 0
         self._next_tick = self._next_event = _DECIDE_EVERY_S
         self._ticks = 0
         self._reports: tuple[ReplicaSignals, ...] = ()
         self._held_reported = (0, 0)
         self._first_token_reported = 0.0
-        self._waits_s, self._waits = 0.0, 0
-        """Of the first tokens since the last report: their sum and number."""
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_FIRST_TOKENS)
+        """When the last ones came, and how long after their requests."""
         self._arrived_at = array("d")
         self._first_token_at = array("d")
         self._last_end = 0.0
@@ -164,21 +171,23 @@ class PoolSimulation:
         return chosen
 
     def _hold(self, now: float, prompt_tokens: int, max_tokens: int, key: int, *, resumed: bool) -> None:
-        if len(self._held) >= self._pool.max_held and not resumed:
+        pool = self._pool
+        full = len(self._held) >= pool.max_held or self._held_tokens + prompt_tokens > pool.max_held_tokens
+        if full and not resumed:
             self._refused["no replica"] += 1
         else:
             self._held.append((now, prompt_tokens, max_tokens, key))
+            self._held_tokens += prompt_tokens
 
     def _expire_held(self, now: float) -> None:
         while self._held and self._held[0][0] + self._pool.hold_timeout_s <= now:
-            self._held.popleft()
+            self._held_tokens -= self._held.popleft()[1]
             self._refused["no replica"] += 1
 
     def _note_first_token(self, key: int, at: float) -> None:
         if math.isnan(self._first_token_at[key]):  # else it was moved here from another replica
             self._first_token_at[key] = at
-            self._waits_s += at - self._arrived_at[key]
-            self._waits += 1
+            self._first_tokens.append((at, at - self._arrived_at[key]))
 
     def _note_end(self, _key: int, at: float) -> None:
         if at > self._last_end:
@@ -208,7 +217,7 @@ class PoolSimulation:
         self._ready.append(self._replica(now))
         self._draws.clear()
         self._expire_held(now)
-        held, self._held = self._held, deque()
+        held, self._held, self._held_tokens = self._held, deque(), 0
         for _, prompt_tokens, max_tokens, key in held:
             self._place(now, prompt_tokens, max_tokens, key, resumed=True)
 
@@ -223,6 +232,11 @@ class PoolSimulation:
         self._expire_held(now)
         if self._ticks % _TICKS_PER_REPORT == 0:
             self._report(now)
+        if self._reports or not self._ready:  # else they have not reported yet, so nothing is decided
+            self._decide(now)
+        self._moments.append(Moment(now, self._target, len(self._ready), self._alive))
+
+    def _decide(self, now: float) -> None:
         (held, held_tokens), first_token_s = self._held_reported, self._first_token_reported
         signals = PoolSignals(
             target=self._target, replicas=self._reports, held=held, held_tokens=held_tokens, first_token_s=first_token_s
@@ -231,18 +245,17 @@ class PoolSimulation:
         if decision.replicas != self._target:
             self._changes.append(Change(now, self._target, decision.replicas, decision.reason))
             self._scale(now, decision.replicas)
-        self._moments.append(Moment(now, self._target, len(self._ready), self._alive))
 
     def _report(self, now: float) -> None:
         self._reports = tuple([replica.signals(now) for replica in self._ready])
-        self._held_reported = len(self._held), sum(prompt_tokens for _, prompt_tokens, _, _ in self._held)
-        self._first_token_reported = self._waits_s / self._waits if self._waits else 0.0
-        self._waits_s, self._waits = 0.0, 0
+        self._held_reported = len(self._held), self._held_tokens
+        late = [wait_s for at, wait_s in self._first_tokens if at >= now - _FIRST_TOKENS_S]
+        self._first_token_reported = sum(late) / len(late) if late else 0.0
 
     def _scale(self, now: float, target: int) -> None:
         """Replicas that still start are the first to go, then the newest, as with Ray Serve."""
         for _ in range(target - self._target):
-            self._starting.append(now + self._pool.start_up_s)
+            self._starting.append(now + self._pool.platform_start_up_s + self._pool.start_up_s)
             self._alive += 1
             self._replica_seconds -= now
         self._peak = max(self._peak, self._alive)

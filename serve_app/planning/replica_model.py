@@ -180,9 +180,7 @@ class ReplicaModel:
             self.prefill_tokens -= prefilled
             self._has_prefilled = True
             self._run_steps = 1
-            self._step_s = (
-                self._base_s + self._per_sequence_s * self._running + self._per_prefill_token_s * prefilled
-            )
+            self._step_s = self._base_s + self._per_sequence_s * self._running + self._per_prefill_token_s * prefilled
             self.next_at = at + self._step_s
         elif self._running:
             self._run_steps = self._ends[0][0] - self._steps
@@ -195,7 +193,7 @@ class ReplicaModel:
         """Everything that is on it, at the end of its time; it is of no use afterwards."""
         done = self._steps
         if self._run_steps > 1 and now > self.at:
-            done += min(int((now - self.at) / self._step_s), self._run_steps)
+            done += min(int((now - self.at) / self._step_s), self._run_steps - 1)
         return [
             *(Unfinished(tokens - (end - done), end - done, key) for end, key, tokens, _ in self._ends),
             *(Unfinished(*each) for each in self._completing),
@@ -219,6 +217,7 @@ class ReplicaModel:
             prefill_tokens_per_s=self._prefill_rate() if self._has_prefilled else 0.0,
             step_s=self._base_s + self._per_sequence_s * max(running, 1),
             start_up_s=self._start_up_s,
+            idle_s=0.0 if self.sequences else now - self.at,
         )
 
     def _prefill_rate(self) -> float:
