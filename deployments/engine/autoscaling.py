@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +17,11 @@ _MAX_PREFILL_SHARE = 0.8
 """Share of a replica's time that prefills may take, at most: decode steps need the rest."""
 _MAX_BATCH_SHARE = 0.9
 """Share of `max_num_seqs` that may run: above it new sequences begin to wait for old ones to end."""
-_UP_TOLERANCE, _DOWN_MARGIN = 0.05, 0.1
-"""Replicas are added when more than 5% too few are there, and taken away when 10% more load would still fit."""
+_NEGLIGIBLE = 0.02
+"""Of a replica that is wanted: not worth another."""
+_DOWN_MARGIN = 0.1
+"""Replicas are taken away when so much more load would still fit."""
+_BISECTIONS = 20
 _START_MEMORY = 0.3
 """Weight of each further start in their mean."""
 _ANY_LOAD = 0.9
@@ -58,12 +60,14 @@ class ReplicaSignals(NamedTuple):
     """Sequences accepted lately."""
     arriving_prefill_tokens_per_s: float
     """Their prompt tokens, without those that the prefix cache will probably spare."""
-    decode_s: float
-    """From first token to end, of the sequences that ended lately; 0 while none has."""
+    generated_tokens: float
+    """Of a sequence, the mean of those that ended lately; 0 while none has."""
     prefill_tokens_per_s: float
     """What it can do; 0 while it has prefilled nothing."""
     step_s: float
-    """Of a decode step now."""
+    """Of a decode step, whatever the batch."""
+    step_s_per_sequence: float
+    """Added for each sequence in it."""
     start_up_s: float
     """How long it took to start."""
     idle_s: float = 0.0
@@ -102,80 +106,123 @@ class _Capacity(NamedTuple):
 
     prefill_tokens_per_s: float = 0.0
     max_num_seqs: float = 0.0
-    kv_blocks: float = 0.0
-    decode_s: float = 0.0
+    kv_blocks_total: float = 0.0
+    generated_tokens: float = 0.0
+    step_s: float = 0.0
+    step_s_per_sequence: float = 0.0
     start_up_s: float = 0.0
 
+    def learned(self, replicas: tuple[ReplicaSignals, ...]) -> _Capacity:
+        """What they report now; what none of them knows stays: after all have left, it is the best guess."""
+        known = {field: [value for each in replicas if (value := getattr(each, field)) > 0] for field in self._fields}
+        return self._replace(**{field: sum(values) / len(values) for field, values in known.items() if values})
 
-def _mean(values: Iterable[float]) -> float:
-    """Of those that are known, that is not 0; 0 without any."""
-    known = [value for value in values if value > 0]
-    return sum(known) / len(known) if known else 0.0
 
+class _Load(NamedTuple):
+    """Of the whole pool."""
 
-def _capacity(replicas: tuple[ReplicaSignals, ...], before: _Capacity) -> _Capacity:
-    """`before` stands in for what no replica reports now: after all have left, their rates are the best guess."""
-    now = _Capacity(
-        _mean(each.prefill_tokens_per_s for each in replicas),
-        _mean(each.max_num_seqs for each in replicas),
-        _mean(each.kv_blocks_total for each in replicas),
-        _mean(each.decode_s for each in replicas),
-        _mean(each.start_up_s for each in replicas),
-    )
-    return _Capacity(*(new or old for new, old in zip(now, before, strict=True)))
+    arrivals_per_s: float
+    arriving_tokens_per_s: float
+    """To be prefilled."""
+    running: float
+    backlog: float
+    """Sequences that wait or are held."""
+    backlog_tokens: float
+    kv_blocks_per_sequence: float
+
+    @classmethod
+    def of(cls, signals: PoolSignals) -> _Load:
+        replicas = signals.replicas
+        running = sum(each.running for each in replicas)
+        return cls(
+            arrivals_per_s=sum(each.arrivals_per_s for each in replicas),
+            arriving_tokens_per_s=sum(each.arriving_prefill_tokens_per_s for each in replicas),
+            running=running,
+            backlog=sum(each.waiting for each in replicas) + signals.held,
+            backlog_tokens=sum(each.waiting_prefill_tokens for each in replicas) + signals.held_tokens,
+            kv_blocks_per_sequence=sum(each.kv_blocks_used for each in replicas) / running if running else 0.0,
+        )
 
 
 def _wanted(signals: PoolSignals, targets: ScalingTargets, capacity: _Capacity, start_s: float) -> Wanted:
-    """What keeps the expected first-token time and the KV use within the targets.
-
-    Each of prefill, batch and KV gives a count: for the load that arrives, at a share that keeps queues short; and for
-    that load and what waits already, at all that replicas can do, so that the wait is over `horizon_s` from now: the
-    target, and `start_s` that a replica takes to come.
-    """
-    replicas = signals.replicas
-    arrivals = sum(each.arrivals_per_s for each in replicas)
-    arriving = sum(each.arriving_prefill_tokens_per_s for each in replicas)
-    running = sum(each.running for each in replicas)
-    kv_used = sum(each.kv_blocks_used for each in replicas)
-    backlog = sum(each.waiting for each in replicas) + signals.held
-    backlog_tokens = sum(each.waiting_prefill_tokens for each in replicas) + signals.held_tokens
+    """What keeps the expected first-token time and the KV use within the targets: the fewest replicas, as a real
+    number, that can bear the load in each respect."""
+    load = _Load.of(signals)
+    if not (load.running or load.backlog or load.arrivals_per_s):
+        return Wanted(0.0, "no load")
+    # What waits now shall be over after the target and the time in which a replica comes.
     horizon_s = targets.target_first_token_s + start_s
-    counts = [Wanted(0.0, "no load")]
-    if signals.held:
-        counts.append(Wanted(_ANY_LOAD, f"{signals.held:.0f} requests are held for a first replica"))
-    if running:
-        counts.append(Wanted(_ANY_LOAD, f"{running:.0f} sequences run"))
+    low, high, reason = 0.0, float(targets.max), ""
+    while high < 1e6 and (short := _shortage(load, capacity, targets, horizon_s, high)):
+        low, high, reason = high, 2 * high, short
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if short := _shortage(load, capacity, targets, horizon_s, middle):
+            low, reason = middle, short
+        else:
+            high = middle
+    if high < _ANY_LOAD:
+        return Wanted(
+            _ANY_LOAD,
+            f"{load.running:.0f} sequences run, {load.backlog - signals.held:.0f} wait, {signals.held:.0f} are held for a "
+            "replica",
+        )
+    return Wanted(high, reason)
+
+
+def _shortage(
+    load: _Load, capacity: _Capacity, targets: ScalingTargets, horizon_s: float, replicas: float
+) -> str | None:
+    """In which respect so many replicas are too few; None if they do. The more there are, the less is short.
+
+    In continuous batching decode steps and prefills share a replica's time, so sequences stay the longer the more
+    prompts come, and the larger the batch is. Each respect is looked at twice: for the load that arrives, at a share
+    that keeps queues short; and for that load and the backlog, with all that replicas can do.
+    """
+    prefill_share = catching_up = 0.0
     if rate := capacity.prefill_tokens_per_s:
+        prefill_s = load.arriving_tokens_per_s / load.arrivals_per_s / rate if load.arrivals_per_s else 0.0
         # Queueing for one server with even service times (M/D/1) takes half of the target at this share.
-        prefill_s = arriving / arrivals / rate if arrivals else 0.0
-        share = min(_MAX_PREFILL_SHARE, targets.target_first_token_s / (targets.target_first_token_s + prefill_s))
-        counts.append(
-            Wanted(
-                max(arriving / share, arriving + backlog_tokens / horizon_s) / rate,
-                f"prefill: {arriving:.0f} tokens/s arrive and {backlog_tokens:.0f} wait, a replica does {rate:.0f}/s",
+        most = min(_MAX_PREFILL_SHARE, targets.target_first_token_s / (targets.target_first_token_s + prefill_s))
+        prefill_share = load.arriving_tokens_per_s / rate / replicas
+        catching_up = (load.arriving_tokens_per_s + load.backlog_tokens / horizon_s) / rate / replicas
+        if prefill_share > most or catching_up >= 1:
+            return (
+                f"prefill: {load.arriving_tokens_per_s:.0f} tokens/s arrive and {load.backlog_tokens:.0f} wait, "
+                f"{rate:.0f}/s a replica"
             )
-        )
-    # Little's law: what runs once the arrivals of now have filled the batch.
-    sequences = max(running, arrivals * capacity.decode_s)
-    # To end the wait in time, sequences must end faster, so more must run; never more than wait.
-    extra = backlog * min(1.0, capacity.decode_s / horizon_s) if capacity.decode_s else backlog
-    if capacity.max_num_seqs:
-        counts.append(
-            Wanted(
-                max(sequences / _MAX_BATCH_SHARE, sequences + extra) / capacity.max_num_seqs,
-                f"batch: {sequences:.0f} sequences and {backlog:.0f} waiting, {capacity.max_num_seqs:.0f} a replica",
-            )
-        )
-    if capacity.kv_blocks and running:
-        blocks = kv_used / running
-        counts.append(
-            Wanted(
-                max(sequences / targets.target_kv_use, sequences + extra) * blocks / capacity.kv_blocks,
-                f"KV: {sequences:.0f} sequences and {backlog:.0f} waiting of {blocks:.0f} blocks each, a replica has "
-                f"{capacity.kv_blocks:.0f}",
-            )
-        )
-    return max(counts, key=lambda count: count.replicas)
+    slots = capacity.max_num_seqs or math.inf
+    if load.kv_blocks_per_sequence:
+        slots = min(slots, capacity.kv_blocks_total / load.kv_blocks_per_sequence)
+    tokens = capacity.generated_tokens
+    batch = max(load.running / replicas, _batch(load.arrivals_per_s * tokens / replicas, prefill_share, capacity))
+    full = batch
+    if load.backlog and math.isfinite(slots):
+        if tokens and capacity.step_s:
+            step_s = capacity.step_s + capacity.step_s_per_sequence * slots
+            rate = slots * (1 - catching_up) / (tokens * step_s)
+            if (load.arrivals_per_s + load.backlog / horizon_s) / replicas > rate:
+                full = math.inf
+        else:
+            full = (load.running + load.backlog) / replicas
+    told = f"{replicas * batch:.0f} sequences and {load.backlog:.0f} waiting"
+    if capacity.max_num_seqs and (batch > _MAX_BATCH_SHARE * capacity.max_num_seqs):
+        return f"batch: {told}, {capacity.max_num_seqs:.0f} a replica"
+    if batch * load.kv_blocks_per_sequence > targets.target_kv_use * capacity.kv_blocks_total > 0:
+        return f"KV: {told} of {load.kv_blocks_per_sequence:.0f} blocks each, {capacity.kv_blocks_total:.0f} a replica"
+    if full > slots:
+        return f"queue: {told}, {slots:.0f} a replica"
+    return None
+
+
+def _batch(tokens_per_s: float, prefill_share: float, capacity: _Capacity) -> float:
+    """Sequences that run on a replica which has so many tokens to generate per second, by Little's law: a token takes a
+    step, and a step the longer the more sequences there are; infinite where no batch would do."""
+    if not tokens_per_s or not capacity.step_s:
+        return 0.0
+    busy = tokens_per_s / (1 - prefill_share)
+    left = 1 - busy * capacity.step_s_per_sequence
+    return busy * capacity.step_s / left if left > 0 else math.inf
 
 
 class ReplicaScaler:
@@ -201,7 +248,7 @@ class ReplicaScaler:
         while self._peaks[0][0] < now - self._down_after_s:
             self._peaks.popleft()
         peak = self._peaks[0][1]
-        needed = math.ceil(wanted.replicas * (1 - _UP_TOLERANCE))
+        needed = math.ceil(wanted.replicas - _NEGLIGIBLE)
         replicas = target
         if needed > target:
             replicas = min(needed, max(2 * target, target + _STEP_UP_AT_LEAST))
@@ -257,7 +304,7 @@ class PoolScaler:
 
     def decide(self, now: float, signals: PoolSignals) -> Decision:
         """`now` in seconds of any steady clock."""
-        self._capacity = _capacity(signals.replicas, self._capacity)
+        self._capacity = self._capacity.learned(signals.replicas)
         start_s = self._starts.mean_s or self._capacity.start_up_s
         wanted = _wanted(signals, self._targets, self._capacity, start_s)
         idle_s = 0.0 if signals.held else min((each.idle_s for each in signals.replicas), default=math.inf)
@@ -274,14 +321,14 @@ class PoolScaler:
         return decision
 
     def _overdue(self, now: float, signals: PoolSignals) -> Wanted | None:
-        """One more than there are, when first tokens are late and sequences wait although all replicas are up."""
+        """One more than there are, when first tokens are late and sequences wait on all replicas, which are all up."""
         target_s = self._targets.target_first_token_s
-        waiting = sum(each.waiting for each in signals.replicas)
         if (
             signals.first_token_s > target_s
-            and waiting >= len(signals.replicas) == signals.target > 0
+            and len(signals.replicas) == signals.target > 0
+            and all(each.waiting for each in signals.replicas)
             and now - self._last_change >= _OVERDUE_AFTER_S
         ):
             reason = f"first tokens take {signals.first_token_s:.1f} s, the target is {target_s:g} s"
-            return Wanted((signals.target + 1) / (1 - _UP_TOLERANCE), reason)
+            return Wanted(signals.target + 1, reason)
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Demand", "RecentRate"]
 
-_ARRIVALS_HORIZON_S = 5.0
+_ARRIVALS_HORIZON_S = 3.0
 _ENDS_HORIZON_S = 10.0
 _MEMORY = 0.05
 """Weight of each new generation in the means: the last twenty count."""
@@ -40,8 +40,8 @@ class Demand:
         self._arrivals = RecentRate(now, _ARRIVALS_HORIZON_S)
         self._prompt_tokens = RecentRate(now, _ARRIVALS_HORIZON_S)
         self._ends = RecentRate(now, _ENDS_HORIZON_S)
-        self.decode_s = 0.0
-        """From first token to end, the mean of late; 0 while nothing has ended."""
+        self.generated_tokens = 0.0
+        """Of a generation that ended, the mean of late; 0 while none has."""
         self.uncached_share = 1.0
         """Of prompt tokens, what the prefix cache did not spare."""
 
@@ -54,10 +54,10 @@ class Demand:
         share = 1 - cached_tokens / prompt_tokens
         self.uncached_share += _MEMORY * (share - self.uncached_share)
 
-    def ended(self, decode_s: float) -> None:
-        """A generation that had a first token `decode_s` ago is over."""
+    def ended(self, tokens: int) -> None:
+        """A generation is over, with so many tokens."""
         self._ends.count()
-        self.decode_s = decode_s if not self.decode_s else self.decode_s + _MEMORY * (decode_s - self.decode_s)
+        self.generated_tokens += (tokens - self.generated_tokens) * (_MEMORY if self.generated_tokens else 1.0)
 
     def arrivals_per_s(self, now: float) -> float:
         return self._arrivals.read(now)

@@ -68,6 +68,7 @@ class EngineReplica:
     def signals(self) -> ReplicaSignals:
         """What the decision on the number of replicas rests on."""
         now = time.monotonic()
+        step_s, step_s_per_sequence = self._engine.step_times.decode_s
         load, times, demand = self._engine.load(), self._engine.step_times, self._demand
         if load.running or load.waiting or self._submitted != self._submitted_before:
             self._busy_at, self._submitted_before = now, self._submitted
@@ -80,9 +81,10 @@ class EngineReplica:
             max_num_seqs=self._engine.max_num_seqs,
             arrivals_per_s=demand.arrivals_per_s(now),
             arriving_prefill_tokens_per_s=demand.prefill_tokens_per_s(now),
-            decode_s=demand.decode_s,
+            generated_tokens=demand.generated_tokens,
             prefill_tokens_per_s=times.prefill_tokens_per_s,
-            step_s=times.step_s(load.running),
+            step_s=step_s,
+            step_s_per_sequence=step_s_per_sequence,
             start_up_s=self._start_up_s,
             idle_s=now - self._busy_at,
         )
@@ -122,7 +124,7 @@ class EngineReplica:
         generation, choice = submission.generation, submission.choice
         self._submitted += 1
         prompt_tokens = len(submission.token_ids)
-        first_token_at: float | None = None
+        generated = 0
         key = f"{submission.account.request_id}-{self._submitted}"
 
         def deliver(
@@ -135,13 +137,13 @@ class EngineReplica:
             logprobs: list[PositionLogprobs] | None = None,
             prompt_logprobs: list[PositionLogprobs | None] | None = None,
         ) -> None:
-            nonlocal first_token_at
-            if first_token_at is None:
-                first_token_at = time.monotonic()
+            nonlocal generated
+            if not generated:
                 self._demand.prefilled(prompt_tokens, cached_tokens)
+            generated += len(token_ids)
             if finish_reason is not None:
                 stream.keys.pop(generation, None)
-                self._demand.ended(time.monotonic() - first_token_at)
+                self._demand.ended(generated)
             if token_ids:
                 tab.count(choice, len(token_ids), 0 if submission.resumed else cached_tokens)
             stream.outbox.push(

@@ -56,10 +56,11 @@ class StepTimes:
         per_token_s = self._fit()[2]
         return max(reached, 1 / per_token_s) if per_token_s > 0 else reached
 
-    def step_s(self, sequences: float) -> float:
-        """Time of a decode step of so many sequences; 0 while nothing was seen."""
+    @property
+    def decode_s(self) -> tuple[float, float]:
+        """Seconds of a decode step: without a sequence, and for each; 0 while nothing was seen."""
         base, per_sequence, _ = self._fit()
-        return base + per_sequence * sequences
+        return base, per_sequence
 
     def _fit(self) -> tuple[float, float, float]:
         """Seconds per step, per sequence of it, and per prefilled token."""

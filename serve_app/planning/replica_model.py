@@ -108,8 +108,8 @@ class ReplicaModel:
         """Tokens of the first of them that are done, or are being done."""
         self._completing: list[tuple[int, int, int]] = []
         """Those whose first token comes at the end of the step under way."""
-        self._ends: list[tuple[int, int, int, float]] = []
-        """A heap: the step after which a sequence ends, key, prompt and max_tokens together, time of first token."""
+        self._ends: list[tuple[int, int, int, int]] = []
+        """A heap: the step after which a sequence ends, key, prompt and max_tokens together, max_tokens."""
 
     def submit(self, now: float, prompt_tokens: int, max_tokens: int, key: int) -> None:
         """A generation that fits into the KV blocks arrives."""
@@ -143,14 +143,14 @@ class ReplicaModel:
             if self._completing:
                 for prompt_tokens, max_tokens, key in self._completing:
                     self._first_token(key, at)
-                    heappush(ends, (steps + max_tokens - 1, key, prompt_tokens + max_tokens, at))
+                    heappush(ends, (steps + max_tokens - 1, key, prompt_tokens + max_tokens, max_tokens))
                 self._completing.clear()
             while ends and ends[0][0] <= steps:
-                _, key, tokens, first_token_at = heappop(ends)
+                _, key, tokens, generated = heappop(ends)
                 self.blocks_free += -(-tokens // self._block_tokens)
                 self._running -= 1
                 self.sequences -= 1
-                self._demand.ended(at - first_token_at)
+                self._demand.ended(generated)
                 self._ended(key, at)
             self._begin(at)
 
@@ -213,9 +213,10 @@ class ReplicaModel:
             max_num_seqs=settings.max_num_seqs,
             arrivals_per_s=demand.arrivals_per_s(now),
             arriving_prefill_tokens_per_s=demand.prefill_tokens_per_s(now),
-            decode_s=demand.decode_s,
+            generated_tokens=demand.generated_tokens,
             prefill_tokens_per_s=self._prefill_rate() if self._has_prefilled else 0.0,
-            step_s=self._base_s + self._per_sequence_s * max(running, 1),
+            step_s=self._base_s,
+            step_s_per_sequence=self._per_sequence_s,
             start_up_s=self._start_up_s,
             idle_s=0.0 if self.sequences else now - self.at,
         )

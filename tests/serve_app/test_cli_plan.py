@@ -67,7 +67,7 @@ def test_a_higher_rate_takes_more_replicas(file: Path) -> None:
     assert quiet["peak_replicas"] == 1
     assert loud["peak_replicas"] > 2
     assert loud["changes"][0]["before"] == 1
-    assert "prefill" in loud["changes"][0]["reason"] or "batch" in loud["changes"][0]["reason"]
+    assert "16 a replica" in loud["changes"][0]["reason"]
     assert loud["requests"] == pytest.approx(3600, rel=0.1)
 
 

@@ -70,11 +70,11 @@ def test_tokens_that_the_prefix_cache_spares_do_not_count() -> None:
     assert demand.prefill_tokens_per_s(5.0) == pytest.approx(200 * 100 / 5 * 0.25, rel=0.02)
 
 
-def test_the_decode_time_follows_the_generations_that_end() -> None:
+def test_the_length_of_generations_follows_those_that_end() -> None:
     demand = Demand(0.0)
-    demand.ended(4.0)
-    assert demand.decode_s == 4.0
+    demand.ended(400)
+    assert demand.generated_tokens == 400
     for _ in range(100):
-        demand.ended(1.0)
-    assert demand.decode_s == pytest.approx(1.0, abs=0.05)
+        demand.ended(100)
+    assert demand.generated_tokens == pytest.approx(100, abs=5)
     assert demand.ends_per_s(10.0) == pytest.approx(10.1)

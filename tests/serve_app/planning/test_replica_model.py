@@ -130,12 +130,12 @@ def test_signals_are_those_of_the_moment() -> None:
     signals = model.signals(2.0)
     assert (signals.running, signals.waiting, signals.waiting_prefill_tokens) == (2, 1, 100)
     assert (signals.kv_blocks_used, signals.kv_blocks_total, signals.max_num_seqs) == (30, 100, 2)
-    assert (signals.prefill_tokens_per_s, signals.decode_s) == (1000.0, 0.0)
-    assert signals.step_s == pytest.approx(0.1)
+    assert (signals.prefill_tokens_per_s, signals.generated_tokens) == (1000.0, 0.0)
+    assert signals.step_s + 2 * signals.step_s_per_sequence == pytest.approx(0.1)
     assert signals.arrivals_per_s > 0
     assert signals.arriving_prefill_tokens_per_s == pytest.approx(100 * signals.arrivals_per_s)
     model.advance(math.inf)
-    assert model.signals(20.0).decode_s == pytest.approx(49 * 0.1)
+    assert model.signals(20.0).generated_tokens == pytest.approx(50)
     # Two steps with a prefill, and 49 without after each.
     assert signals.idle_s == 0
     assert model.signals(20.0).idle_s == pytest.approx(20.0 - (0.3 + 0.2 + 98 * 0.1))
