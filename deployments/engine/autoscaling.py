@@ -164,8 +164,7 @@ def _wanted(signals: PoolSignals, targets: ScalingTargets, capacity: _Capacity, 
     if high < _ANY_LOAD:
         return Wanted(
             _ANY_LOAD,
-            f"{load.running:.0f} sequences run, {load.backlog - signals.held:.0f} wait, {signals.held:.0f} are held for a "
-            "replica",
+            f"{load.running:.0f} sequences run, {load.backlog - signals.held:.0f} wait, {signals.held:.0f} are held",
         )
     return Wanted(high, reason)
 

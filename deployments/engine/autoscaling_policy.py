@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class PoolPolicy:
         self._needs = needs
         self._complete_at = self._placed_at = -math.inf
         self._no_place: str | None = None
-        self._scaler = PoolScaler(ScalingTargets(**targets))
+        self._decide: Callable[[float, PoolSignals], Decision] = PoolScaler(ScalingTargets(**targets)).decide
         self._log: DecisionLog | None = None
         self._home = Path(home)
         self._decided_at = -math.inf
@@ -104,7 +104,7 @@ class PoolPolicy:
             return target, {}  # they have not reported yet, or not to this controller
         demand = demand_of(self._model, ctx.current_time)
         signals = PoolSignals(target=target, replicas=tuple(replicas), **demand._asdict())
-        decision = self._scaler.decide(now, signals)
+        decision = self._decide(now, signals)
         if no_place := self._missing(now, len(ctx.running_replicas), target):
             decision = Decision(decision.replicas, f"{decision.reason}; {no_place}")
         if self._log is None:

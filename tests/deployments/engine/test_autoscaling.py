@@ -221,7 +221,7 @@ def test_nothing_starts_at_zero_without_a_request() -> None:
 def test_a_held_request_starts_the_first_replica() -> None:
     pool = Pool(FROM_ZERO, target=0)
     assert pool.decide(held=1, held_tokens=10) == 1
-    assert "held" in pool.reason
+    assert "1 are held" in pool.reason
     assert {pool.decide(up=0, held=1, held_tokens=10) for _ in range(40)} == {1}
 
 
