@@ -99,7 +99,7 @@ class _Cluster:
     def replicas(self) -> list[str]:
         """States of all that are, starting and stopping ones too."""
         [application] = [each for each in self.api.applications() if each.name == _APPLICATION]
-        return [replica.state for replica in application.deployments[ENGINE]]
+        return [replica.state for replica in application.deployments.get(ENGINE, [])]
 
     def to_one_replica(self) -> None:
         def fixed(deployment: dict[str, Any]) -> None:

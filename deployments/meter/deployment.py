@@ -47,7 +47,8 @@ class MeterDeployment:
         self._settings = MeterSettings(
             folder=folder / "meter",
             database_url=database_url,
-            admin_digest=key_digest(ensure_admin_key(folder)) if require_keys else None,
+            admin_digest=key_digest(ensure_admin_key(folder)),
+            require_keys=require_keys,
             shard=shard,
             shards=shards,
             lost_after_s=lost_after_s,

@@ -67,7 +67,7 @@ class KeyDirectory:
         """
         in_thread: runs the blocking reads of `store`; one thread is enough.
         admin_digest: of the admin key (see `key_digest`), which is in no database and has no limits.
-        require_keys: False makes everybody the same anonymous caller, without limits or admin rights.
+        require_keys: False makes everybody but the administrator the same anonymous caller, without limits or admin rights.
         clock: Unix time in seconds.
         """
         self.wrong_keys = 0
@@ -101,10 +101,10 @@ class KeyDirectory:
 
         Raises LedgerUnavailable when that cannot be told.
         """
-        if not self._require_keys:
-            return _info(_ANONYMOUS, admin=False)
         if hmac.compare_digest(digest, self._admin_digest):
             return _info(_ADMIN, admin=True)
+        if not self._require_keys:
+            return _info(_ANONYMOUS, admin=False)
         if digest == _NO_KEY:
             return None
         entry = self._live(self._by_digest.get(digest))

@@ -62,8 +62,9 @@ class MeterSettings:
     folder: Path
     """For spool and journal; made if missing."""
     database_url: str
-    admin_digest: bytes | None
-    """Of the admin key; None where no keys are required."""
+    admin_digest: bytes
+    """Of the admin key."""
+    require_keys: bool = True
     shard: int = 0
     shards: int = 1
     lost_after_s: float = 60.0
@@ -104,8 +105,8 @@ class Meter:
         self._keys = KeyDirectory(
             self._store,
             self._key_threads.run,
-            admin_digest=settings.admin_digest or b"",
-            require_keys=settings.admin_digest is not None,
+            admin_digest=settings.admin_digest,
+            require_keys=settings.require_keys,
             clock=self._clock,
         )
         self._tokenizer_threads = WorkerThreads(
@@ -178,7 +179,7 @@ class Meter:
         """Changes or tells keys and teams: this meter knows at once, all others within a second. Raises
         LedgerUnavailable, and then nothing has changed."""
         answer = await self._key_threads.run(partial(administer, self._store, command))
-        if answer.error is None and self._settings.admin_digest is not None:
+        if answer.error is None and self._settings.require_keys:
             try:
                 await self._keys.refresh()
             except MeterError as error:  # too late to fail: the command would be sent again

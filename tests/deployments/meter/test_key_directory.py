@@ -291,12 +291,13 @@ async def test_the_admin_key_needs_no_database_and_has_no_limits(store: KeyStore
 
 
 @in_virtual_time
-async def test_without_keys_everyone_is_anonymous_and_nobody_admin(store: KeyStore) -> None:
+async def test_without_keys_everyone_but_the_administrator_is_anonymous(store: KeyStore) -> None:
     _, secret = store.create(KeyDraft("k"))
     database = Database(store)
     database.away = True
     async with database.directory(require_keys=False) as directory:
-        for key in (ADMIN, secret, "", "anything"):
+        assert await directory.authenticate(key_digest(ADMIN)) == KeyInfo("admin", "admin", admin=True)
+        for key in (secret, "", "anything"):
             info = await directory.authenticate(key_digest(key))
             assert info == KeyInfo("anonymous", "anonymous", admin=False)
         assert await directory.find("anonymous") is not None

@@ -112,12 +112,13 @@ async def test_a_change_of_models_keeps_what_is_reserved(tmp_path: Path) -> None
     await stop(meter)
 
 
-async def test_without_required_keys_no_key_is_made_and_everyone_is_anonymous(tmp_path: Path) -> None:
+async def test_without_required_keys_everyone_but_the_administrator_is_anonymous(tmp_path: Path) -> None:
     meter = deploy(tmp_path, require_keys=False)
     await configure(meter, tmp_path)
     info = unpack(await meter.authenticate(b"anything"), KeyInfo)
     assert info == KeyInfo(key_id="anonymous", name="anonymous", admin=False)
-    assert not (tmp_path / "admin.key").exists()
+    administrator = key_digest((tmp_path / "admin.key").read_text().strip())
+    assert unpack(await meter.authenticate(administrator), KeyInfo).admin
     await stop(meter)
 
 

@@ -128,7 +128,7 @@ async def test_a_key_may_use_its_models_only(meter: Meter, clock: Clock) -> None
 
 
 async def test_the_admin_and_anonymous_callers_have_no_limits(tmp_path: Path, clock: Clock) -> None:
-    async with opened(tmp_path, clock, admin_digest=None) as meter:
+    async with opened(tmp_path, clock, require_keys=False) as meter:
         for key_id in ("admin", "anonymous"):
             answer = await admitted(meter, AdmissionRequest("cmpl", key_id, "tiny", [PROMPT], MAX_TOKENS, 1))
             assert answer.rate_limits is None
