@@ -67,7 +67,7 @@ class KeyDirectory:
         """
         in_thread: runs the blocking reads of `store`; one thread is enough.
         admin_digest: of the admin key (see `key_digest`), which is in no database and has no limits.
-        require_keys: False makes everybody but the administrator the same anonymous caller, without limits or admin rights.
+        require_keys: False makes everybody but the administrator the same anonymous caller, without limits.
         clock: Unix time in seconds.
         """
         self.wrong_keys = 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.engine.autoscaling_policy import PoolPolicy
 from deployments.ingress.catalog import CatalogEntry
 from serve_app.applications import GATEWAY, GatewayArguments, ModelArguments, application_name, serve_config
 from serve_app.config import ClusterConfig, ModelConfig, load_cluster_config
@@ -125,7 +126,9 @@ def test_a_changed_engine_changes_its_own_application_only(folder: Path) -> None
     assert_gateway_restarts_nothing(before, after)
 
 
-@pytest.mark.parametrize("change", ["replicas: {min: 3, max: 3}", "price: {prompt: 5}", "hold_timeout_s: 1"])
+@pytest.mark.parametrize(
+    "change", ["replicas: {min: 3, max: 3}", "price: {prompt: 5}", "hold_timeout_s: 1", "max_held_tokens: 5"]
+)
 def test_what_no_running_replica_needs_to_know_restarts_none(folder: Path, change: str) -> None:
     before = cluster(folder, a=SIMULATED, b=SIMULATED)
     after = cluster(folder, a=SIMULATED, b=f"{SIMULATED}\n{change}")
@@ -139,6 +142,31 @@ def test_what_no_running_replica_needs_to_know_restarts_none(folder: Path, chang
 def test_the_number_of_replicas_is_told(folder: Path) -> None:
     described = cluster(folder, a=f"{SIMULATED}\nreplicas: {{min: 3, max: 3}}")
     assert deployment(described, "model-a", "Engine")["num_replicas"] == 3
+
+
+def test_between_different_bounds_millstreams_own_policy_decides(folder: Path) -> None:
+    described = cluster(folder, a=f"{SIMULATED}\nreplicas: {{min: 0, max: 4, target_first_token_s: 3}}")
+    ServeDeploySchema.model_validate(described)
+    engine = deployment(described, "model-a", "Engine")
+    assert "num_replicas" not in engine
+    scaling = engine["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (0, 4)
+    assert scaling["policy"]["policy_function"] == "deployments.engine.autoscaling_policy:PoolPolicy"
+    made = PoolPolicy(**scaling["policy"]["policy_kwargs"])
+    assert isinstance(made, PoolPolicy)
+    assert scaling["policy"]["policy_kwargs"]["targets"]["target_first_token_s"] == 3.0
+
+
+def test_only_a_model_that_may_be_at_zero_has_a_cold_start(folder: Path) -> None:
+    described = cluster(folder, a=f"{SIMULATED}\nreplicas: {{min: 0, max: 1}}", b=SIMULATED)
+    catalog = deployment(described, GATEWAY, "Ingress")["user_config"]["models"]
+    assert [entry["limits"]["cold_start_timeout_s"] for entry in catalog] == [600.0, None]
+
+
+def test_bounds_change_without_a_restart(folder: Path) -> None:
+    before = cluster(folder, a=f"{SIMULATED}\nreplicas: {{min: 1, max: 4}}")
+    after = cluster(folder, a=f"{SIMULATED}\nreplicas: {{min: 2, max: 8, scale_down_after_s: 5}}")
+    assert application(before, "model-a")["args"] == application(after, "model-a")["args"]
 
 
 def test_the_context_length_of_a_vllm_model_is_that_of_its_weights_unless_configured(folder: Path) -> None:

@@ -275,6 +275,33 @@ async def test_comments_keep_a_waiting_stream_alive(tmp_path: Path) -> None:
 
 
 @in_virtual_time
+async def test_a_stream_that_waits_for_a_pool_at_zero_hears_a_comment_every_second(tmp_path: Path) -> None:
+    async with gateway(tmp_path, limits=replace(LIMITS, cold_start_timeout_s=100.0)) as gate:
+        gate.pool.replicas_changed(frozenset())
+        await quiet()
+        exchange = gate.request(stream=True)
+        await asyncio.sleep(0.9)
+        assert exchange.status is None
+        await asyncio.sleep(4.5)
+        assert exchange.events == [": keep-alive"] * 5
+        gate.pool.replicas_changed(frozenset(gate.replicas))
+        await exchange.task
+        assert text_in(exchange.events[5:-1]) == made_up("hello")
+
+
+@in_virtual_time
+async def test_a_pool_at_zero_that_gets_no_replica_is_told_as_an_error(tmp_path: Path) -> None:
+    async with gateway(tmp_path, limits=replace(LIMITS, cold_start_timeout_s=20.0)) as gate:
+        gate.pool.replicas_changed(frozenset())
+        await quiet()
+        stream, whole = gate.request(stream=True), gate.request()
+        await asyncio.gather(stream.task, whole.task)
+        assert whole.status == 503
+        assert stream.status == 200
+        assert stream.events[-1]["error"]["code"] == "model_not_ready"
+
+
+@in_virtual_time
 async def test_a_stream_that_flows_has_no_comments(tmp_path: Path) -> None:
     async with gateway(tmp_path, keep_alive_s=1.5 * STEP_S) as gate:
         assert not any(isinstance(event, str) for event in (await gate.stream(max_tokens=100))[:-1])

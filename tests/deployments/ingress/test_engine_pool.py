@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling, TokenDelta
 from deployments.ingress import engine_pool
+from deployments.ingress.demand import ModelDemand
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.errors import ApiError, InternalError, ModelNotReady, Overloaded
 from deployments.ingress.generation import Generation, Mailbox
@@ -300,6 +301,81 @@ async def test_no_more_than_the_bound_are_held() -> None:
         await quiet()
         assert not waiting.generation.ended
         pool.abort([waiting.generation])
+
+
+@in_virtual_time
+async def test_no_more_prompt_tokens_than_the_bound_are_held() -> None:
+    async with opened_pool(dict[str, ScriptedReplica](), replace(LIMITS, max_held_tokens=10)) as pool:
+        held = start(pool, *range(6))
+        await quiet()
+        refused = start(pool, *range(5))
+        await refused.until_ended()
+        assert isinstance(refused.error, ModelNotReady)
+        fitting = start(pool, *range(4))
+        await quiet()
+        assert pool.demand() == ModelDemand(held=2, held_tokens=10)
+        pool.abort([held.generation, fitting.generation])
+
+
+@in_virtual_time
+async def test_a_pool_at_zero_is_ready_and_holds_longer() -> None:
+    limits = replace(LIMITS, cold_start_timeout_s=120.0)
+    async with replicas_of(1) as replicas, opened_pool(replicas, limits) as pool:
+        pool.replicas_changed(frozenset())
+        await quiet()
+        assert pool.ready
+        assert pool.cold
+        request = start(pool)
+        await asyncio.sleep(119.0)
+        assert not request.generation.ended
+        pool.replicas_changed(frozenset(replicas))
+        await request.until_ended()
+        request.assert_undisturbed()
+        assert not pool.cold
+
+
+@in_virtual_time
+async def test_retry_after_is_what_is_left_of_a_start_like_the_last() -> None:
+    limits = replace(LIMITS, cold_start_timeout_s=120.0, max_held=1)
+    async with replicas_of(1) as replicas, opened_pool(replicas, limits) as pool:
+        pool.replicas_changed(frozenset())
+        await asyncio.sleep(100.0)
+        first = start(pool)
+        await quiet()
+        assert await retry_after(pool) == 10.0  # no start is known
+        await asyncio.sleep(40.0)
+        pool.replicas_changed(frozenset(replicas))
+        await first.until_ended()
+        pool.replicas_changed(frozenset())
+        await asyncio.sleep(100.0)
+        start(pool)
+        await asyncio.sleep(15.0)
+        assert await retry_after(pool) == pytest.approx(25.0, abs=0.5)
+        await asyncio.sleep(60.0)
+        assert await retry_after(pool) == pytest.approx(10.0, abs=0.5)  # it takes longer: a quarter of the last
+
+
+async def retry_after(pool: EnginePool) -> float | None:
+    """What one more request is told while as many are held as may be."""
+    refused = start(pool)
+    await refused.until_ended()
+    assert isinstance(refused.error, ModelNotReady)
+    return refused.error.retry_after_s
+
+
+@in_virtual_time
+async def test_first_tokens_of_the_last_seconds_are_averaged() -> None:
+    async with opened_pool(dict[str, ScriptedReplica]()) as pool:
+        assert pool.demand().first_token_s == 0.0
+        for first_token_s in (1.0, 3.0):
+            pool.first_token(first_token_s)
+        await asyncio.sleep(3.0)
+        pool.first_token(5.0)
+        assert pool.demand().first_token_s == pytest.approx(3.0)
+        await asyncio.sleep(3.0)
+        assert pool.demand().first_token_s == pytest.approx(5.0)
+        await asyncio.sleep(3.0)
+        assert pool.demand().first_token_s == 0.0
 
 
 @in_virtual_time
