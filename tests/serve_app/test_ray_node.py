@@ -1,14 +1,16 @@
-"""Starting a node fails early, with what to do, where it cannot work."""
+"""Starting a node fails early, with what to do, where it cannot work; HAProxy runs as it should."""
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from serve_app.config import ClusterConfig
-from serve_app.ray_node import RayNode, RayNodeError
+from serve_app.ray_node import RayNode, RayNodeError, client_timeout_s, serve_environment, write_haproxy_launcher
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_started(tmp_path: Path) -> None:
@@ -23,3 +25,26 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started(tmp_path: Path)
         with pytest.raises(RayNodeError, match=rf"cannot listen on 127.0.0.1:{port} .* with --port N"):
             RayNode.start(config, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_haproxy_bounds_the_time_of_a_requests_headers_by_the_clients(tmp_path: Path) -> None:
+    configuration = tmp_path / "haproxy.cfg"
+    configuration.write_text(
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout server 5s\n"
+        "    timeout client 65s\n    timeout http-request 10s\n"
+        "listen clients\n    bind 127.0.0.1:8000\n"
+    )
+    write_haproxy_launcher(tmp_path / "haproxy")
+    config = ClusterConfig.model_validate(
+        {"models": [{"name": "m", "source": "/model", "engine": {"kind": "simulated"}}]}
+    )
+    environment = serve_environment("haproxy", client_timeout_s(config))
+    subprocess.run(
+        [tmp_path / "haproxy", "-V", "-c", "-f", configuration],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    assert "    timeout client 65s\n    timeout http-request 65s\n" in configuration.read_text()
+    assert "10s" not in configuration.read_text()
