@@ -1,5 +1,8 @@
 """Where a model's weights and tokenizer come from: cluster.yaml's `source` -> a folder that vLLM loads.
 
+Wherever that folder is, `model_folder` names a place below MILLSTREAM_HOME that leads to it once it is prepared. So
+machines that share MILLSTREAM_HOME/models know it beforehand.
+
 `package://NAME` takes the GGUF file that a Python package ships and converts it, once, under
 `MILLSTREAM_HOME/models`. The conversion runs in a process of its own, so that neither the command line nor
 Ray Serve's controller ever imports torch, and writes into a temporary folder that gets its final name only
@@ -14,6 +17,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -31,6 +35,7 @@ __all__ = [
     "SOURCE_FORMS",
     "ModelSourceError",
     "check_model_source",
+    "model_folder",
     "prepare_model",
     "source_kind",
 ]
@@ -81,6 +86,20 @@ def check_model_source(source: str) -> str | None:
     return None
 
 
+def model_folder(source: str, home: Path) -> Path:
+    """Where `prepare_model` will have made the model available below `home`, or the folder that `source` names itself.
+    Looks at the text only. Raises ModelSourceError for no source."""
+    match source_kind(source):
+        case "package":
+            return home.absolute() / "models" / source.removeprefix("package://")
+        case "folder":
+            return Path(source).expanduser().absolute()
+        case "hub":
+            return home.absolute() / "models" / source.replace("/", "--")
+        case None:
+            raise ModelSourceError(f"{source!r} is no model source: expected {SOURCE_FORMS}")
+
+
 def prepare_model(
     source: str,
     home: Path,
@@ -88,7 +107,7 @@ def prepare_model(
     report: Callable[[str], None],
     conversion: Sequence[str] = GGUF_CONVERSION,
 ) -> Path:
-    """The absolute path of a folder with config.json, tokenizer.json and weights.
+    """The absolute path of a folder with config.json, tokenizer.json and weights, to which `model_folder` leads, too.
 
     Downloads or converts what is missing, which takes from seconds to minutes and tells `report` about it, a
     line at a time. Safe to call from several processes at once: one converts, the others wait for it. Raises
@@ -96,13 +115,28 @@ def prepare_model(
     """
     match source_kind(source):
         case "package":
-            return _converted(source.removeprefix("package://"), home, report, conversion)
+            folder = _converted(source.removeprefix("package://"), home, report, conversion)
         case "folder":
             return _check_folder(Path(source).expanduser().absolute())
         case "hub":
-            return _downloaded(source, report)
+            folder = _downloaded(source, report)
         case None:
             raise ModelSourceError(f"{source!r} is no model source: expected {SOURCE_FORMS}")
+    _link(model_folder(source, home), folder)
+    return folder
+
+
+def _link(link: Path, folder: Path) -> None:
+    """Makes `link` lead to `folder`, whatever it led to before; others see the one or the other."""
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if link.is_symlink() and link.readlink() == folder:
+            return
+        draft = link.with_name(f".{link.name}.link-{secrets.token_hex(8)}")
+        draft.symlink_to(folder)
+        draft.rename(link)
+    except OSError as error:
+        raise ModelSourceError(f"cannot link {link} to {folder}: {error}") from error
 
 
 # --- folders and the hub ------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from serve_app.model_source import (
     GGUF_CONVERSION,
     ModelSourceError,
     check_model_source,
+    model_folder,
     prepare_model,
     source_kind,
 )
@@ -151,6 +152,30 @@ def test_another_file_or_version_is_another_model(bench: Bench) -> None:
     third = bench.prepare()
     assert len({first, second, third}) == 3
     assert (third / "config.json").read_text() == "other weights"
+
+
+def test_one_place_below_the_home_leads_to_the_model_that_was_prepared_last(bench: Bench) -> None:
+    place = model_folder("package://tiny_model", bench.home)
+    assert place == bench.models / "tiny_model"
+    first = bench.prepare()
+    assert place.resolve() == first.resolve()
+    bench.set_version("2")
+    second = bench.prepare()
+    assert place.resolve() == second.resolve() != first.resolve()
+    assert sorted(path.name for path in bench.models.iterdir() if path.is_symlink()) == ["tiny_model"]
+
+
+def test_a_place_that_something_else_takes_is_told(bench: Bench) -> None:
+    model_folder("package://tiny_model", bench.home).mkdir(parents=True)
+    with pytest.raises(ModelSourceError, match=r"cannot link .*/models/tiny_model to .*/models/tiny_model-"):
+        bench.prepare()
+
+
+def test_the_place_of_a_model_is_told_by_its_source_alone(tmp_path: Path) -> None:
+    assert model_folder("owner/Model-1.5", tmp_path) == tmp_path / "models" / "owner--Model-1.5"
+    assert model_folder("/a/folder", tmp_path) == Path("/a/folder")
+    with pytest.raises(ModelSourceError, match="is no model source"):
+        model_folder("model", tmp_path)
 
 
 def test_the_distribution_of_a_package_may_have_another_name(bench: Bench) -> None:
