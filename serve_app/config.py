@@ -257,7 +257,9 @@ class MeterConfig(_Section):
 
     database: str = Field(default_factory=lambda: _ledger_url(millstream_home(os.environ)))
     """SQLAlchemy URL of keys and ledger: an SQLite file named by its absolute path, since the meter does not run in the
-    folder of cluster.yaml, or `postgresql://user:password@host/name`. Default: sqlite:///${MILLSTREAM_HOME}/ledger.db.
+    folder of cluster.yaml, or `postgresql://user:password@host/name`. Or `env://NAME`: the meter's process finds such a
+    URL in its environment variable NAME, so that a password is nowhere but there; Kubernetes sets it from a Secret.
+    Default: sqlite:///${MILLSTREAM_HOME}/ledger.db.
     """
     replicas: int = Field(default=1, ge=1, le=64)
     """Meters, 1 to 64, among which teams and keys are divided; more than one needs PostgreSQL. Stop the cluster to
@@ -275,10 +277,12 @@ class MeterConfig(_Section):
     @field_validator("database")
     @classmethod
     def _known_database(cls, url: str) -> str:
-        if not re.match(r"sqlite:////[^?]|postgresql(\+psycopg)?://[^/]*/[^/?]+", url):
+        if not re.match(
+            r"sqlite:////[^?]|postgresql(\+psycopg)?://[^/]*/[^/?]+|env://[A-Za-z_][A-Za-z0-9_]*$", url, re.ASCII
+        ):
             raise _unexpected(
-                "sqlite:/// and the absolute path of a file, such as sqlite:///${MILLSTREAM_HOME}/ledger.db, or "
-                "postgresql://user:password@host/name"
+                "sqlite:/// and the absolute path of a file, such as sqlite:///${MILLSTREAM_HOME}/ledger.db, "
+                "postgresql://user:password@host/name, or env:// and the name of a variable that holds the URL"
             )
         return url
 

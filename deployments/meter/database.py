@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -21,17 +22,23 @@ _POSTGRESQL_CONNECTION: Final = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
 }
+_VARIABLE: Final = "env://"
 _SQLITE_BUSY_S: Final = 5
 _POSTGRESQL_OPTIONS: Final = "-c statement_timeout=5000 -c lock_timeout=5000"
 
 
 def open_database(database_url: str) -> sa.Engine:
-    """An engine for `database_url`; does not connect. psycopg is the driver of PostgreSQL, whatever the URL says.
-    No statement takes longer than 5 s there, unless `options` in the URL say otherwise.
+    """An engine for `database_url`, or for the URL in the environment variable NAME where it is `env://NAME`; does not
+    connect. psycopg is the driver of PostgreSQL, whatever the URL says. No statement takes longer than 5 s there,
+    unless `options` in the URL say otherwise.
 
     Raises sqlalchemy.exc.ArgumentError for a malformed URL, ValueError for one of another database or of SQLite in
-    memory.
+    memory, and for a variable that is not set.
     """
+    if database_url.startswith(_VARIABLE):
+        name = database_url.removeprefix(_VARIABLE)
+        if not (database_url := os.environ.get(name, "")):
+            raise ValueError(f"database_url: expected the environment variable {name} to hold a URL")
     url = sa.make_url(database_url)
     match url.get_backend_name():
         case "sqlite":

@@ -242,6 +242,7 @@ def test_a_broken_reference_is_told(refuse: Refuse) -> None:
             '"sqlite:///x.db"',
             "sqlite:/// and the abso",
         ),
+        ("meter: {database: env://MY-URL}", 1, "meter.database", '"env://MY-URL"', "sqlite:/// and the abso"),
     ],
 )
 def test_a_wrong_value_is_told(refuse: Refuse, text: str, line: int, key: str, value: str, expected: str) -> None:
@@ -384,6 +385,10 @@ def test_all_problems_are_told_at_once_by_line(refuse: Refuse, tmp_path: Path) -
 def test_passwords_are_not_shown(refuse: Refuse) -> None:
     [problem] = refuse("meter: {database: ${URL}}" + MODEL, {"URL": "mysql://u:secret@h/d"})
     assert problem.value == '"mysql://u:***@h/d"'
+
+
+def test_the_url_of_the_database_may_be_kept_in_a_variable(load: Load) -> None:
+    assert load("meter: {database: 'env://LEDGER_URL', replicas: 2}" + MODEL).meter.database == "env://LEDGER_URL"
 
 
 def test_several_meters_need_postgresql(load: Load, refuse: Refuse) -> None:
