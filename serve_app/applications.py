@@ -36,6 +36,7 @@ __all__ = [
     "application_name",
     "build_gateway",
     "build_model",
+    "longest_drain_s",
     "serve_config",
 ]
 
@@ -237,6 +238,12 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
             *(_model_application(model, home) for model in config.models),
         ],
     }
+
+
+def longest_drain_s(config: ClusterConfig) -> float:
+    """Seconds that the slowest leaving replica of the cluster may take to finish what it has."""
+    ingress_s = config.ingress.request_timeout_s or _INGRESS_DRAIN_S
+    return max(ingress_s, *(model.drain_timeout_s for model in config.models)) + _SHUTDOWN_MARGIN_S
 
 
 def _needs(resources: ModelResources) -> dict[str, float]:

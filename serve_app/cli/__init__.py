@@ -9,6 +9,7 @@ from serve_app.cli.check import check
 from serve_app.cli.down import down
 from serve_app.cli.keys import keys
 from serve_app.cli.plan import plan
+from serve_app.cli.render import render
 from serve_app.cli.status import status
 from serve_app.cli.teams import teams
 from serve_app.cli.up import up
@@ -26,3 +27,4 @@ for command in (up, status, check, down, usage, plan):
     app.command()(command)
 app.add_typer(keys, name="keys")
 app.add_typer(teams, name="teams")
+app.add_typer(render, name="render")

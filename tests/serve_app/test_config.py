@@ -243,6 +243,11 @@ def test_a_broken_reference_is_told(refuse: Refuse) -> None:
             "sqlite:/// and the abso",
         ),
         ("meter: {database: env://MY-URL}", 1, "meter.database", '"env://MY-URL"', "sqlite:/// and the abso"),
+        ("kubernetes: {memory: {head: 4G}}", 1, "kubernetes.memory.head", '"4G"', "a whole number of Mi, Gi or Ti"),
+        ("kubernetes: {secrets: {hub: A}}", 1, "kubernetes.secrets.hub", '"A"', "a name of Kubernetes"),
+        ("kubernetes: {storage: {meter: {}}}", 1, "kubernetes.storage.meter.size", "nothing", "a value: the key"),
+        ("kubernetes: {accelerators: {H100: {gpu: 1}}}", 1, "kubernetes.accelerators.H100.gpu", "1", "a text"),
+        ("kubernetes: {memory: {heads: 1Gi}}", 1, "kubernetes.memory.heads", '"1Gi"', "one of the keys head, gateway"),
     ],
 )
 def test_a_wrong_value_is_told(refuse: Refuse, text: str, line: int, key: str, value: str, expected: str) -> None:

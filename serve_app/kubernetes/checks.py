@@ -1,0 +1,98 @@
+"""What a cluster.yaml may say and Kubernetes cannot do: told before anything is rendered, all of it at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from serve_app.config import ClusterConfig, ModelConfig, Problem
+from serve_app.kubernetes.groups import worker_groups
+from serve_app.kubernetes.pods import HOME, PORTS, secret_name
+from serve_app.model_source import source_kind
+
+__all__ = ["check_for_kubernetes"]
+
+_NAME_LENGTH: Final = 47
+"""KubeRay's limit for the name of a RayService: it makes longer names of it."""
+
+_WORKER_PORTS: Final = range(10_002, 20_000)
+"""From which Ray gives each of its workers one."""
+
+
+def check_for_kubernetes(file: str, config: ClusterConfig) -> list[Problem]:
+    """Why `config`, valid otherwise, cannot run on Kubernetes; `file` is its name, for the messages."""
+    return [Problem(file, 0, key, value, expected) for key, value, expected in _problems(config)]
+
+
+def _problems(config: ClusterConfig) -> Iterator[tuple[str, str, str]]:
+    """Key, what stands there, what was expected."""
+    name, port, kubernetes = config.cluster.name, config.cluster.http.port, config.kubernetes
+    if len(name) > _NAME_LENGTH or not re.match(r"[a-z]", name):
+        yield "cluster.name", name, f"a name that begins with a letter, of at most {_NAME_LENGTH} characters"
+    if port < 1024 or port in PORTS.values() or port in _WORKER_PORTS:
+        yield (
+            "cluster.http.port",
+            str(port),
+            f"a port from 1024 on that Ray does not use: {_listing(PORTS.values())}, {_WORKER_PORTS[0]} to "
+            f"{_WORKER_PORTS[-1]}",
+        )
+    if not config.meter.database.startswith("env://"):
+        yield (
+            "meter.database",
+            config.meter.database.split(":")[0] + "://…",
+            "env:// and a name such as env://MILLSTREAM_DATABASE: on Kubernetes the URL, of a PostgreSQL database that "
+            f"outlives pods, comes from the Secret {secret_name(config, 'database')}",
+        )
+    if kubernetes.gateway_cpus < 2 * config.ingress.resources.cpus:
+        yield (
+            "kubernetes.gateway_cpus",
+            str(kubernetes.gateway_cpus),
+            f"at least {2 * config.ingress.resources.cpus:g}, twice ingress.resources.cpus: a new replica starts while "
+            "an old one finishes its streams",
+        )
+    crowds = [group.name for group in worker_groups(config) if group.max_pods > 1]
+    if kubernetes.redis_address is None and crowds:
+        yield (
+            "kubernetes.redis_address",
+            "nothing",
+            f"host:port of a Redis, since there may be several pods of {_listing(crowds)}: without it they all end "
+            "with Ray's head",
+        )
+    for index, model in enumerate(config.models):
+        for key, value, expected in _model_problems(config, model):
+            yield f"models[{index}].{key}", value, expected
+
+
+def _model_problems(config: ClusterConfig, model: ModelConfig) -> Iterator[tuple[str, str, str]]:
+    resources, kubernetes = model.resources, config.kubernetes
+    if model.engine.max_model_len is None:
+        yield "engine.max_model_len", "nothing", "a number of tokens: the weights are not here to read it from"
+    if source_kind(model.source) == "folder" and not Path(model.source).is_relative_to(HOME / "models"):
+        yield (
+            "source",
+            model.source,
+            f"a hub id, or a folder below {HOME}/models, where the volume of models is mounted",
+        )
+    if resources.gpus > kubernetes.gpus_per_node:
+        yield (
+            "resources.gpus",
+            f"{resources.gpus:g}",
+            f"at most {kubernetes.gpus_per_node}, which is kubernetes.gpus_per_node: all GPUs of a replica are on one "
+            "node. Lower tensor_parallel_size times pipeline_parallel_size",
+        )
+    if resources.accelerator is None:
+        return
+    if resources.gpus == 0:
+        yield "resources.accelerator", resources.accelerator, "null for a replica without GPUs"
+    elif not kubernetes.accelerators.get(resources.accelerator):
+        yield (
+            "resources.accelerator",
+            resources.accelerator,
+            f"node labels for it in kubernetes.accelerators, which has {_listing(kubernetes.accelerators) or 'none'}",
+        )
+
+
+def _listing(items: Iterable[object]) -> str:
+    return ", ".join(map(str, items))
