@@ -17,8 +17,10 @@ __all__ = ["check_for_kubernetes"]
 _NAME_LENGTH: Final = 47
 """KubeRay's limit for the name of a RayService: it makes longer names of it."""
 
-_WORKER_PORTS: Final = range(10_002, 20_000)
-"""From which Ray gives each of its workers one."""
+_SERVE_PORTS: Final = (8404, 8500, 9101, 9500)
+"""Of HAProxy's statistics and metrics, and of the proxies that Serve falls back to."""
+_PORT_RANGES: Final = (range(10_001, 20_000), range(30_000, 31_001))
+"""From which Ray gives its workers, and Serve its ingress replicas, one each."""
 
 
 def check_for_kubernetes(file: str, config: ClusterConfig) -> list[Problem]:
@@ -31,12 +33,13 @@ def _problems(config: ClusterConfig) -> Iterator[tuple[str, str, str]]:
     name, port, kubernetes = config.cluster.name, config.cluster.http.port, config.kubernetes
     if len(name) > _NAME_LENGTH or not re.match(r"[a-z]", name):
         yield "cluster.name", name, f"a name that begins with a letter, of at most {_NAME_LENGTH} characters"
-    if port < 1024 or port in PORTS.values() or port in _WORKER_PORTS:
+    taken = (*PORTS.values(), *_SERVE_PORTS)
+    if port < 1024 or port in taken or any(port in ports for ports in _PORT_RANGES):
+        ranges = (f"{ports[0]} to {ports[-1]}" for ports in _PORT_RANGES)
         yield (
             "cluster.http.port",
             str(port),
-            f"a port from 1024 on that Ray does not use: {_listing(PORTS.values())}, {_WORKER_PORTS[0]} to "
-            f"{_WORKER_PORTS[-1]}",
+            f"a port from 1024 on that Ray does not use: {_listing(sorted(taken))}, {_listing(ranges)}",
         )
     if not config.meter.database.startswith("env://"):
         yield (

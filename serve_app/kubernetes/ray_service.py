@@ -92,8 +92,9 @@ def placed_serve_config(config: ClusterConfig) -> dict[str, Any]:
 
 def _place(deployment: dict[str, Any], group: str) -> None:
     options = deployment["ray_actor_options"]
-    # The group's pods are on such nodes. Ray's autoscaler knows no accelerator of a group that has no pod yet.
-    options.pop("accelerator_type", None)
+    # The group's pods are on nodes of that type. Ray's autoscaler knows none of a group that has no pod yet.
+    if (accelerator := options.pop("accelerator_type", None)) is not None and "autoscaling_config" in deployment:
+        del deployment["autoscaling_config"]["policy"]["policy_kwargs"]["needs"][f"accelerator_type:{accelerator}"]
     options["label_selector"] = {GROUP_LABEL: group}
 
 

@@ -69,7 +69,9 @@ def test_what_kubernetes_can_run_is_not_refused() -> None:
         ({"cluster": {"name": "7b"}}, {}, r"cluster.name: got 7b, expected a name that begins with a letter"),
         ({"cluster": {"name": "m" * 48}}, {}, r"cluster.name: got m+, expected .* at most 47 characters"),
         ({"cluster": {"http": {"port": 8265}}}, {}, r"cluster.http.port: got 8265, expected a port .* does not use"),
-        ({"cluster": {"http": {"port": 18000}}}, {}, r"cluster.http.port: got 18000, .* use: 6379, .* 10002 to 19999"),
+        ({"cluster": {"http": {"port": 18000}}}, {}, r"cluster.http.port: got 18000, .* use: 6379, .* 10001 to 19999"),
+        ({"cluster": {"http": {"port": 9101}}}, {}, r"cluster.http.port: got 9101, expected a port .* does not use"),
+        ({"cluster": {"http": {"port": 31000}}}, {}, r"cluster.http.port: got 31000, .* use: .* 30000 to 31000"),
         ({"cluster": {"http": {"port": 80}}}, {}, r"cluster.http.port: got 80, expected a port from 1024"),
         (
             {"ingress": {"resources": {"cpus": 2.0}}, "kubernetes": {"redis_address": "redis:6379"}},

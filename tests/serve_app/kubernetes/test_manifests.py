@@ -23,6 +23,7 @@ from ray.serve.schema import ServeDeploySchema
 from serve_app.applications import longest_drain_s
 from serve_app.config import ClusterConfig, load_cluster_config
 from serve_app.kubernetes import as_stream, check_for_kubernetes, render_folder
+from serve_app.kubernetes.yaml_text import yaml_text
 from tests.serve_app.kubernetes.clusters import cluster, model
 from tests.serve_app.kubernetes.crd_schema import strict_schema
 
@@ -38,7 +39,7 @@ def full_cluster() -> ClusterConfig:
     """With everything that can be rendered."""
     return cluster(
         model("a", resources={"cpus": 1.0, "gpus": 1.0, "accelerator": "H100"}, replicas={"min": 3, "max": 5}),
-        model("b", resources={"cpus": 1.0, "gpus": 0.5}),
+        model("b", resources={"cpus": 1.0, "gpus": 0.5}, replicas={"min": 0, "max": 4}),
         model("c", resources={"cpus": 1.0, "gpus": 0.0}, engine={"kind": "simulated"}, drain_timeout_s=900.0),
         cluster={"name": "full", "http": {"port": 8123}},
         ingress={"replicas": {"min": 2, "max": 4}},
@@ -79,6 +80,11 @@ def ray_cluster(config: ClusterConfig) -> dict[str, Any]:
     [service] = of_kind(config, "RayService")
     described: dict[str, Any] = service["spec"]["rayClusterConfig"]
     return described
+
+
+def worker_groups_of(name: str) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = ray_cluster(CONFIGS[name])["workerGroupSpecs"]
+    return groups
 
 
 def templates(config: ClusterConfig) -> dict[str, dict[str, Any]]:
@@ -217,7 +223,7 @@ def test_every_replica_is_bound_to_a_group_whose_pods_can_hold_it(config: Cluste
             assert options["label_selector"].items() <= group["template"]["metadata"]["labels"].items()
             assert int(group["rayStartParams"]["num-cpus"]) >= options["num_cpus"]
             assert int(group["rayStartParams"].get("num-gpus", 0)) >= options.get("num_gpus", 0)
-            assert "accelerator_type" not in options
+            assert "accelerator_type" not in yaml_text(deployment)
             bound.add(name)
     assert bound == groups.keys()
 
@@ -237,6 +243,11 @@ def test_gpus_are_requested_where_replicas_have_them() -> None:
     h100 = templates(CONFIGS["multi-node"])["engine-4-h100"]["spec"]
     assert h100["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
     assert h100["containers"][0]["resources"]["limits"]["memory"] == "128Gi"
+
+
+def test_a_model_that_may_go_to_zero_keeps_no_pod() -> None:
+    sizes = {group["groupName"]: (group["minReplicas"], group["maxReplicas"]) for group in worker_groups_of("full")}
+    assert sizes["engine-1-gpu"] == (0, 2)
 
 
 def test_an_upgrade_makes_no_second_cluster(config: ClusterConfig) -> None:
