@@ -26,7 +26,15 @@ from deployments.ingress.autoscaling_policy import IngressPolicy
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.deployment import MeterDeployment
 from deployments.meter.shards import GATEWAY, meter_names
-from serve_app.config import ClusterConfig, ModelConfig, ModelResources, ReplicaRange, VllmEngineConfig
+from serve_app.config import (
+    INGRESS_DRAIN_S,
+    SHUTDOWN_MARGIN_S,
+    ClusterConfig,
+    ModelConfig,
+    ModelResources,
+    ReplicaRange,
+    VllmEngineConfig,
+)
 
 __all__ = [
     "GATEWAY",
@@ -36,7 +44,6 @@ __all__ = [
     "application_name",
     "build_gateway",
     "build_model",
-    "longest_drain_s",
     "serve_config",
 ]
 
@@ -53,9 +60,6 @@ _REPORT_PERIOD_S = 1.0
 """How often replicas tell Serve's controller of their load."""
 _NOT_OF_REPLICAS = {"replicas", "price", "hold_timeout_s", "cold_start_timeout_s", "max_held_tokens", "infilling"}
 """What of a model its engine replicas need not know."""
-_INGRESS_DRAIN_S = 600.0
-"""How long a leaving ingress may finish its streams, unless requests have a limit of their own."""
-_SHUTDOWN_MARGIN_S = 10.0
 
 
 class GatewayArguments(BaseModel, frozen=True, extra="forbid"):
@@ -106,7 +110,7 @@ def build_gateway(arguments: GatewayArguments) -> Application:
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=(arguments.request_timeout_s or _INGRESS_DRAIN_S) + _SHUTDOWN_MARGIN_S,
+        graceful_shutdown_timeout_s=(arguments.request_timeout_s or INGRESS_DRAIN_S) + SHUTDOWN_MARGIN_S,
     )(IngressDeployment).bind(
         *meters,
         home=arguments.home,
@@ -131,7 +135,7 @@ def build_model(arguments: ModelArguments) -> Application:
         health_check_period_s=2,
         health_check_timeout_s=model.stall_timeout_s + 5,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=model.drain_timeout_s + _SHUTDOWN_MARGIN_S,
+        graceful_shutdown_timeout_s=model.drain_timeout_s + SHUTDOWN_MARGIN_S,
     )(EngineDeployment).bind(arguments.model, arguments.home)
     return serve.deployment(
         name=ROOT,
@@ -238,12 +242,6 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
             *(_model_application(model, home) for model in config.models),
         ],
     }
-
-
-def longest_drain_s(config: ClusterConfig) -> float:
-    """Seconds that the slowest leaving replica of the cluster may take to finish what it has."""
-    ingress_s = config.ingress.request_timeout_s or _INGRESS_DRAIN_S
-    return max(ingress_s, *(model.drain_timeout_s for model in config.models)) + _SHUTDOWN_MARGIN_S
 
 
 def _needs(resources: ModelResources) -> dict[str, float]:

@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import (
@@ -43,6 +43,8 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from serve_app.model_source import SOURCE_FORMS, source_kind
 
 __all__ = [
+    "INGRESS_DRAIN_S",
+    "SHUTDOWN_MARGIN_S",
     "ClusterConfig",
     "ClusterSection",
     "ConfigError",
@@ -63,6 +65,11 @@ __all__ = [
     "load_cluster_config",
     "millstream_home",
 ]
+
+INGRESS_DRAIN_S: Final = 600.0
+"""How long a leaving ingress may finish its streams, unless requests have a limit of their own."""
+SHUTDOWN_MARGIN_S: Final = 10.0
+"""What Serve gives a leaving replica beyond its own limit."""
 
 Location = tuple[str | int, ...]
 """Keys and list indexes from the top of the file, such as ("models", 0, "price")."""
@@ -533,6 +540,12 @@ class ClusterConfig(_Section):
     models: tuple[ModelConfig, ...] = Field(strict=False)
     """At least one."""
     kubernetes: KubernetesConfig = KubernetesConfig()
+
+    @property
+    def longest_drain_s(self) -> float:
+        """Seconds that the slowest leaving replica of the cluster may take to finish what it has."""
+        ingress_s = self.ingress.request_timeout_s or INGRESS_DRAIN_S
+        return max(ingress_s, *(model.drain_timeout_s for model in self.models)) + SHUTDOWN_MARGIN_S
 
     @field_validator("models", mode="wrap")
     @classmethod

@@ -66,6 +66,8 @@ class RayNode:
     proxy: str
     client_timeout_s: int
     """How long HAProxy keeps the connection of a client that neither sends nor reads: longer than the ingress."""
+    longest_drain_s: float
+    """How long a leaving replica may finish its streams."""
     folder: str
     """Ray's own files and HAProxy's: logs, sockets. Removed by `stop`."""
     token_file: str
@@ -92,7 +94,7 @@ class RayNode:
             "RAY_AUTH_TOKEN_PATH": self.token_file,
             # Ray renames its processes; without this the new title overwrites the environment that `stop` reads.
             "SPT_NOENV": "1",
-            **serve_environment(self.proxy, self.client_timeout_s),
+            **serve_environment(self.proxy, self.client_timeout_s, self.longest_drain_s),
             **(_haproxy_environment(self.folder) if self.proxy == "haproxy" else {}),
         }
 
@@ -115,6 +117,7 @@ class RayNode:
             dashboard_port=_free_port(),
             proxy=section.proxy,
             client_timeout_s=client_timeout_s(config),
+            longest_drain_s=config.longest_drain_s,
             # Short on purpose: HAProxy puts Unix sockets two levels below it, whose paths have at most 97 characters.
             folder=tempfile.mkdtemp(prefix="millstream-", dir="/tmp"),
             token_file=str(token_file),
@@ -201,7 +204,7 @@ def client_timeout_s(config: ClusterConfig) -> int:
     return math.ceil(max(config.ingress.upload_timeout_s, config.ingress.write_timeout_s)) + 5
 
 
-def serve_environment(proxy: str, client_timeout_s: int) -> dict[str, str]:
+def serve_environment(proxy: str, client_timeout_s: int, longest_drain_s: float) -> dict[str, str]:
     """How Ray and Serve run Millstream on any machine: what every process of the Ray cluster must have in its
     environment."""
     environment = {
@@ -214,6 +217,8 @@ def serve_environment(proxy: str, client_timeout_s: int) -> dict[str, str]:
     return environment | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         _CLIENT_TIMEOUT: str(client_timeout_s),
+        # After a change of its configuration the old process stays for its streams: by default for two minutes.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_drain_s)),
         # How long a stopping replica stays reachable for HAProxy, which drops it within a second.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     }

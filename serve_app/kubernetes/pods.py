@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from serve_app.applications import longest_drain_s
 from serve_app.config import ClusterConfig, KubernetesSecrets
 from serve_app.kubernetes.groups import WorkerGroup
 from serve_app.ray_node import client_timeout_s, serve_environment
@@ -100,7 +99,7 @@ def head_template(config: ClusterConfig, *, autoscaled: bool) -> dict[str, Any]:
 def worker_template(config: ClusterConfig, group: WorkerGroup) -> dict[str, Any]:
     kubernetes = config.kubernetes
     # Nothing can replace a meter before its volume is free, so it only closes in order.
-    drain_s = _METER_CLOSE_S if group.kind == "meter" else math.ceil(longest_drain_s(config) + _START_UP_S)
+    drain_s = _METER_CLOSE_S if group.kind == "meter" else math.ceil(config.longest_drain_s + _START_UP_S)
     ending = [{"name": _DRAIN_VARIABLE, "value": str(drain_s)}]
     memory: str = getattr(kubernetes.memory, group.kind)
     container: dict[str, Any] = {
@@ -176,7 +175,7 @@ def _environment(config: ClusterConfig) -> list[dict[str, Any]]:
     """Of all pods alike: Serve's controller, on the head, and the proxies must agree."""
     variables = {
         "MILLSTREAM_HOME": str(HOME),
-        **serve_environment(config.cluster.proxy, client_timeout_s(config)),
+        **serve_environment(config.cluster.proxy, client_timeout_s(config), config.longest_drain_s),
         # Serve's answers from a replica that starts are larger than what Ray sends without its object store, and a node
         # that holds an object is never idle: it would not be given back, nor end before its time when it drains.
         "RAY_max_direct_call_object_size": str(_INLINE_BYTES),
@@ -185,8 +184,6 @@ def _environment(config: ClusterConfig) -> list[dict[str, Any]]:
         variables |= {
             "RAY_SERVE_HAPROXY_BINARY_PATH": "/usr/local/bin/millstream-haproxy",  # made by k8s/Dockerfile
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, config.kubernetes.gateway_cpus)),
-            # After a change of its configuration the old process stays for its streams, but no longer.
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_drain_s(config))),
         }
     return [{"name": name, "value": value} for name, value in variables.items()]
 

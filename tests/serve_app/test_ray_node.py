@@ -38,7 +38,7 @@ def test_haproxy_bounds_the_time_of_a_requests_headers_by_the_clients(tmp_path: 
     config = ClusterConfig.model_validate(
         {"models": [{"name": "m", "source": "/model", "engine": {"kind": "simulated"}}]}
     )
-    environment = serve_environment("haproxy", client_timeout_s(config))
+    environment = serve_environment("haproxy", client_timeout_s(config), config.longest_drain_s)
     subprocess.run(
         [tmp_path / "haproxy", "-V", "-c", "-f", configuration],
         env={**os.environ, **environment},

@@ -20,7 +20,6 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.applications import longest_drain_s
 from serve_app.config import ClusterConfig, load_cluster_config
 from serve_app.kubernetes import as_stream, check_for_kubernetes, render_folder
 from serve_app.kubernetes.yaml_text import yaml_text
@@ -285,10 +284,10 @@ def test_pods_drain_before_they_end_and_have_the_time_for_it(config: ClusterConf
         drain_s = int(variables(template)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert template["spec"]["terminationGracePeriodSeconds"] >= drain_s + 30
         if name not in ("head", "meter"):  # nobody can take their place meanwhile
-            assert drain_s > longest_drain_s(config)
+            assert drain_s > config.longest_drain_s
     if config.cluster.proxy == "haproxy":
         hard_stop_s = variables(templates(config)["gateway"])["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]
-        assert int(hard_stop_s) == math.ceil(longest_drain_s(config))
+        assert int(hard_stop_s) == math.ceil(config.longest_drain_s)
 
 
 def test_ray_reads_how_long_to_drain_from_the_environment() -> None:
