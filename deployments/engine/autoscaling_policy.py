@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import structlog
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Counter
 
@@ -25,6 +25,8 @@ from deployments.engine.scaling_board import DecisionBoard, ShownDecision, deman
 
 __all__ = ["DecisionLog", "PoolPolicy", "latest_values"]
 
+_log = logging.getLogger("ray.serve")
+"""Serve's own, which its controller writes to a file: these lines belong among its others."""
 _PERIOD_S = 0.5
 _SHOW_AGAIN_S = 2.0
 _COMING_S, _PLACE_PERIOD_S = 2.0, 5.0
@@ -62,9 +64,7 @@ class DecisionLog:
         if decision.replicas != target:
             direction = "up" if decision.replicas > target else "down"
             self._changes.inc(tags={"application": self._application, "direction": direction})
-            structlog.get_logger().info(
-                "scaling", application=self._application, before=target, now=decision.replicas, reason=decision.reason
-            )
+            _log.info("Scaling %s from %d to %d: %s", self._application, target, decision.replicas, decision.reason)
             shown = ShownDecision(decision.replicas, decision.reason, now, target, decision.reason)
         elif now - self._shown_at >= _SHOW_AGAIN_S:
             old = self._shown
@@ -113,15 +113,22 @@ class PoolPolicy:
         return decision.replicas, {}
 
     def _missing(self, now: float, running: int, target: int) -> str | None:
-        """Why replicas do not come, if it is for want of a place; looked at while some have been missing for long."""
+        """Why replicas do not come, if the nodes cannot hold so many; looked at while some have been missing for long.
+
+        What others use does not count: what is free would not tell replicas that start from those without a place.
+        """
         if running >= target:
             self._complete_at, self._no_place = now, None
         elif now - self._complete_at >= _COMING_S and now - self._placed_at >= _PLACE_PERIOD_S:
             self._placed_at = now
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            reason = misfit(self._needs, nodes, ray.available_resources())
+            free = {
+                name: sum(node.get(name, 0.0) for node in nodes) - (target - 1) * amount
+                for name, amount in self._needs.items()
+            }
+            reason = misfit(self._needs, nodes, free)
             told = reason and f"{target - running} of {target} replicas are not up: {reason}"
             if told and told != self._no_place:
-                structlog.get_logger().warning("no place for replicas", model=self._model, reason=told)
+                _log.warning("No place for replicas of %s: %s", self._model, told)
             self._no_place = told
         return self._no_place

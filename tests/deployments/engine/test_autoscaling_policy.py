@@ -134,7 +134,6 @@ def test_replicas_that_do_not_come_for_want_of_a_place_are_told(
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
     monkeypatch.setattr("deployments.engine.autoscaling_policy.ray.nodes", lambda: nodes)
-    monkeypatch.setattr("deployments.engine.autoscaling_policy.ray.available_resources", lambda: {"CPU": 8.0})
     each = policy(tmp_path, GPU=1.0)
     report_demands(NOW, {"policy-m": ModelDemand(held=1)})
     each(context(1, []))
@@ -143,6 +142,15 @@ def test_replicas_that_do_not_come_for_want_of_a_place_are_told(
     shown = DecisionBoard(tmp_path).read("model-m")
     assert shown is not None
     assert shown.reason.endswith("1 of 1 replicas are not up: it needs 1 GPU on one node, and the nodes have 0 GPU")
+    crowded = policy(tmp_path, CPU=4.0)
+    crowded(context(2, [], running=0))
+    shown = DecisionBoard(tmp_path).read("model-m")
+    assert shown is not None
+    assert "not up" not in shown.reason  # both fit, and may be starting
+    policy(tmp_path, CPU=4.0)(context(3, [], running=0))
+    shown = DecisionBoard(tmp_path).read("model-m")
+    assert shown is not None
+    assert shown.reason.endswith("3 of 3 replicas are not up: it needs 4 CPU, and 0 CPU is free in the cluster")
 
 
 def test_serve_makes_the_policies_from_their_names(tmp_path: Path) -> None:
