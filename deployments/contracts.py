@@ -230,6 +230,10 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     """Generations that ended per second lately: the drain rate of the queue."""
     start_up_s: float = 0.0
     """How long the replica took to start."""
+    kv_block_tokens: int = 0
+    """Tokens per KV block."""
+    max_num_seqs: int = 0
+    """Sequences in the batch at most."""
 
 
 class EngineStep(msgspec.Struct, frozen=True, array_like=True):

@@ -23,12 +23,14 @@ class EngineGauge:
     def __init__(self, step_times: StepTimes) -> None:
         self.blocks_total = 0
         self.blocks_free = 0
+        self.block_tokens = 0
         self._step_times = step_times
         self._step_began: float | None = None
         self._steps = 0
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
         self.blocks_total = self.blocks_free = vllm_config.cache_config.num_gpu_blocks or 0
+        self.block_tokens = vllm_config.cache_config.block_size or 0
         return _Logger(self)
 
     def work_begins(self) -> None:

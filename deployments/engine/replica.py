@@ -63,6 +63,7 @@ class EngineReplica:
             self._engine.load(),
             finished_per_s=self._demand.ends_per_s(time.monotonic()),
             start_up_s=self._start_up_s,
+            max_num_seqs=self._engine.max_num_seqs,
         )
 
     def signals(self) -> ReplicaSignals:

@@ -129,6 +129,7 @@ class Simulator:
             + sum(s.prefill_left for s in self._running.values()),
             kv_blocks_free=self._blocks_free + len(self._unused_cached_blocks),
             kv_blocks_total=self._settings.kv_blocks,
+            kv_block_tokens=self._settings.kv_block_tokens,
         )
 
     def step(self) -> Step:

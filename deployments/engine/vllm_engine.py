@@ -116,6 +116,7 @@ class VllmEngine:
             waiting_prefill_tokens=sum(self._prefill_tokens.values()),
             kv_blocks_free=self._gauge.blocks_free if self._gauge else 0,
             kv_blocks_total=self._gauge.blocks_total if self._gauge else 0,
+            kv_block_tokens=self._gauge.block_tokens if self._gauge else 0,
         )
 
     async def check_health(self) -> None:

@@ -175,6 +175,10 @@ class Replica(_Answer):
     kv_blocks_free: Count
     kv_blocks_total: Count
     finished_per_s: float
+    start_up_s: float
+    """How long it took to start."""
+    kv_block_tokens: Count
+    max_num_seqs: Count
 
 
 class ReplicaList(_Answer):

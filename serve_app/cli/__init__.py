@@ -5,6 +5,7 @@ Its modules import neither Ray nor SQLAlchemy until a command needs them: most c
 
 import typer
 
+from serve_app.cli.calibrate import calibrate
 from serve_app.cli.check import check
 from serve_app.cli.down import down
 from serve_app.cli.keys import keys
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (up, status, check, down, usage, plan):
+for command in (up, status, check, down, usage, plan, calibrate):
     app.command()(command)
 app.add_typer(keys, name="keys")
 app.add_typer(teams, name="teams")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import closing
 from datetime import timedelta
 from typing import Annotated, Any
 
-import httpx
 import msgspec
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from deployments.engine.scaling_board import DecisionBoard
 from deployments.meter.keys import ensure_admin_key
+from serve_app.cluster_api import ClusterApi, ClusterApiError
 from serve_app.config import millstream_home
 from serve_app.ray_node import RayNode
 from serve_app.serve_api import ServeApi, ServeApiError, unplaced
@@ -81,18 +82,12 @@ def status(
 
 def _loads(node: RayNode, key: str) -> dict[str, dict[str, Any]]:
     """Load of each engine replica as an ingress sees it; empty while none answers."""
-    try:
-        response = httpx.get(
-            f"{node.http_url}/admin/v1/replicas",
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=5.0,
-            trust_env=False,
-        )
-        response.raise_for_status()
-    except httpx.HTTPError as error:
-        typer.echo(f"warning: no load to show, the ingress does not answer: {error!r}", err=True)
-        return {}
-    return {replica["id"]: replica for replica in response.json()["data"]}
+    with closing(ClusterApi(node.http_url, key, timeout_s=5.0)) as api:
+        try:
+            return {replica["id"]: replica for replica in api.replicas()}
+        except ClusterApiError as error:
+            typer.echo(f"warning: no load to show: {error}", err=True)
+            return {}
 
 
 def _show(described: dict[str, Any]) -> None:

@@ -250,6 +250,7 @@ async def test_the_load_tells_what_waits_what_runs_and_the_kv_blocks(engine: Eng
     idle = engine.load()
     assert is_idle(idle)
     assert idle.kv_blocks_total > 0
+    assert idle.kv_blocks_total * idle.kv_block_tokens >= engine.max_model_len
     receiver = Receiver()
     engine.submit("a", PROMPT, greedy(8), receiver)
     submitted = engine.load()

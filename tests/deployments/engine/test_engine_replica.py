@@ -353,7 +353,7 @@ async def test_shutting_down_ends_the_streams_and_can_be_repeated(
 
 
 async def test_the_load_is_the_engines_with_the_drain_rate(replica: EngineReplica, engine: ScriptedEngine) -> None:
-    assert replica.load() == EngineLoad(kv_blocks_free=5, kv_blocks_total=9, finished_per_s=0.0)
+    assert replica.load() == EngineLoad(kv_blocks_free=5, kv_blocks_total=9, finished_per_s=0.0, max_num_seqs=4)
 
 
 async def test_finished_generations_make_the_drain_rate(

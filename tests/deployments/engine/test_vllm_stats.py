@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ pytestmark = VLLM_MARKS
 
 
 def config(blocks: int | None) -> SimpleNamespace:
-    return SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=blocks))
+    return SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=blocks, block_size=blocks and 128))
 
 
 def test_the_logger_answers_all_that_vllm_demands_of_one() -> None:
@@ -38,17 +39,17 @@ def test_the_gauge_follows_vllms_scheduler() -> None:
     gauge = EngineGauge(StepTimes())
     assert (gauge.blocks_free, gauge.blocks_total) == (0, 0)
     logger = gauge.logger(config(100), 0)
-    assert (gauge.blocks_free, gauge.blocks_total) == (100, 100)
+    assert (gauge.blocks_free, gauge.blocks_total, gauge.block_tokens) == (100, 100, 128)
     logger.record(scheduler_stats=SchedulerStats(kv_cache_usage=0.25), iteration_stats=None, engine_idx=0)
     assert (gauge.blocks_free, gauge.blocks_total) == (75, 100)
     logger.record(scheduler_stats=None, iteration_stats=None)  # an output without news of the scheduler
     assert gauge.blocks_free == 75
 
 
-def test_the_configuration_names_the_number_of_kv_blocks() -> None:
+def test_the_configuration_names_the_kv_blocks() -> None:
     from vllm.config import CacheConfig
 
-    assert "num_gpu_blocks" in inspect.signature(CacheConfig).parameters or hasattr(CacheConfig, "num_gpu_blocks")
+    assert {"num_gpu_blocks", "block_size"} <= {field.name for field in dataclasses.fields(CacheConfig)}
 
 
 def test_an_unknown_number_of_kv_blocks_counts_as_none() -> None:
@@ -56,7 +57,7 @@ def test_an_unknown_number_of_kv_blocks_counts_as_none() -> None:
 
     gauge = EngineGauge(StepTimes())
     gauge.logger(config(None), 0)
-    assert (gauge.blocks_free, gauge.blocks_total) == (0, 0)
+    assert (gauge.blocks_free, gauge.blocks_total, gauge.block_tokens) == (0, 0, 0)
 
 
 def test_steps_with_and_without_prefill_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
