@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from statistics import median
 from typing import NamedTuple
 
 import yaml
@@ -13,6 +15,8 @@ from serve_app.config import SimulatedEngineConfig
 __all__ = ["Calibration", "EngineFacts"]
 
 _DIGITS = 4
+_POOR_FIT = 0.25
+"""Share of a time that was measured, by which the fit may miss it."""
 
 
 class EngineFacts(NamedTuple):
@@ -34,14 +38,15 @@ class Calibration:
         facts: EngineFacts,
         *,
         prompt_tokens: int,
-        step_s: dict[int, float],
-        first_token_s: dict[int, float],
+        step_s: Mapping[int, Sequence[float]],
+        first_token_s: Mapping[int, Sequence[float]],
     ) -> None:
-        """`step_s` by sequences on each replica, in contexts that begin with `prompt_tokens`; `first_token_s` by prompt
-        tokens."""
+        """What each run gave: `step_s` by sequences on each replica, in contexts that begin with `prompt_tokens`, and
+        `first_token_s` by prompt tokens."""
         self.model, self.facts, self.prompt_tokens = model, facts, prompt_tokens
-        self.decode = fit_decode(step_s)
-        self.prefill = fit_prefill(first_token_s, self.decode.base_s)
+        self._step_s, self._first_token_s = step_s, first_token_s
+        self.decode = fit_decode(_medians(step_s))
+        self.prefill = fit_prefill(_medians(first_token_s), self.decode.base_s)
 
     def engine(self) -> SimulatedEngineConfig:
         """Whether it has a prefix cache is not measured."""
@@ -58,32 +63,51 @@ class Calibration:
             start_up_s=_rounded(facts.start_up_s),
         )
 
+    def warnings(self) -> list[str]:
+        """Why the parameters may be of little use."""
+        told = []
+        if max(self.decode.worst_residual, self.prefill.worst_residual) > _POOR_FIT:
+            told.append(
+                "A poor fit: something else used the machine, or the engine's times are no straight lines. Measure "
+                "again when it is quiet."
+            )
+        if not self.prefill.per_unit_s:
+            told.append("Longer prompts took no longer, so prefill counts as taking no time.")
+        return told
+
     def text(self, at: datetime) -> str:
         """YAML with the keys of a simulated engine, below comments that tell what was measured. `at` in UTC."""
         replicas = "1 replica" if self.facts.replicas == 1 else f"{self.facts.replicas} replicas"
         step, first = self.decode, self.prefill
         comments = [
             f"{self.model} with {replicas}, measured by millstream calibrate on {at:%Y-%m-%d %H:%M} UTC.",
-            "Each time is the median that was measured, and in brackets what the parameters below make of it.",
+            "Medians, in brackets the least and the most of the runs, and what the parameters below make of it.",
             f"Decode step by sequences on a replica, with prompts of {self.prompt_tokens} tokens:",
-            *_points(step, "sequence"),
-            f"First token of a prompt on an idle replica, {first.base_s * 1000:.1f} ms of it for a decode step and the "
-            "way through the cluster:",
-            *_points(first, "token"),
+            *_points(self._step_s, step, "sequence"),
+            "First token of one prompt at a time:",
+            *_points(self._first_token_s, first, "token"),
             f"The worst residual is {step.worst_residual:.1%} of a decode step's time, {first.worst_residual:.1%} of a "
             "first token's.",
         ]
-        if not first.per_unit_s:
-            comments.append("Longer prompts took no longer, so prefill counts as taking no time.")
+        if first.base_s > 0:
+            comments.append(
+                f"Of a first token's time, {first.base_s * 1000:.1f} ms are no prefill: a decode step and the way "
+                "through the cluster."
+            )
+        comments += self.warnings()
         values = self.engine().model_dump(exclude={"prefix_cache"})
         return "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False)
 
 
-def _points(fit: Fit, unit: str) -> list[str]:
+def _medians(runs: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {number: median(times_s) for number, times_s in runs.items()}
+
+
+def _points(runs: Mapping[int, Sequence[float]], fit: Fit, unit: str) -> list[str]:
     return [
-        f"  {number} {unit if number == 1 else f'{unit}s'}: {measured_s * 1000:.2f} ms "
-        f"({fit.fitted_s[number] * 1000:.2f} ms)"
-        for number, measured_s in sorted(fit.measured_s.items())
+        f"  {number} {unit if number == 1 else f'{unit}s'}: {fit.measured_s[number] * 1000:.2f} ms "
+        f"({min(times_s) * 1000:.2f} to {max(times_s) * 1000:.2f}), fitted {fit.fitted_s[number] * 1000:.2f}"
+        for number, times_s in runs.items()
     ]
 
 

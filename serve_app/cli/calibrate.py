@@ -46,6 +46,8 @@ def calibrate(
                 measured = measurement.run(max_sequences=max_sequences, prompt_tokens=prompt_tokens)
             except (CalibrationError, ClusterApiError) as error:
                 raise InputError(str(error)) from error
+        for warning in measured.warnings():
+            typer.echo(f"warning: {warning}", err=True)
         text = measured.text(datetime.now(UTC))
         if output is None:
             typer.echo(text, nl=False)
@@ -56,6 +58,8 @@ def calibrate(
 
 def _model(api: ClusterApi, name: str | None) -> str:
     names = sorted(api.context_lengths())
+    if not names:
+        raise InputError("the cluster serves no model yet: see millstream status")
     if name is None and len(names) == 1:
         return names[0]
     if name not in names:
