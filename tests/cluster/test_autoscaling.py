@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from deployments.engine.scaling_board import DecisionBoard
-from tests.conftest import ROOT, THOROUGH, RunningCluster, eventually
+from tests.conftest import ROOT, THOROUGH, RunningCluster, eventually, new_home, start_cluster
 from tests.streaming import Streamed, complete, stream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600 if THOROUGH else 240)]
@@ -53,6 +53,13 @@ def cluster(
     simulated_cluster: RunningCluster, broken_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningCluster]:
     """The cluster of all tests, with more models while these run."""
+    apply(simulated_cluster, scaling_cluster(broken_folder, tmp_path_factory.mktemp("scaling")))
+    yield simulated_cluster
+    apply(simulated_cluster, SIMULATED)
+
+
+def scaling_cluster(broken_folder: Path, folder: Path, **changed: Any) -> Path:
+    """`changed`: keys of the engine of the model `short`."""
     described = yaml.safe_load(SIMULATED.read_text())
     described["models"] += [
         model("long", replicas=FOLLOWING),
@@ -60,11 +67,11 @@ def cluster(
         model("zero", replicas={"min": 0, "max": 2, "idle_to_zero_after_s": 1.0}),
         model("broken", str(broken_folder), replicas={"min": 0, "max": 1}, cold_start_timeout_s=4.0),
     ]
-    file = tmp_path_factory.mktemp("scaling") / "cluster.yaml"
+    [short] = [each for each in described["models"] if each["name"] == "short"]
+    short["engine"] = {**ENGINE, **changed}
+    file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(described))
-    apply(simulated_cluster, file)
-    yield simulated_cluster
-    apply(simulated_cluster, SIMULATED)
+    return file
 
 
 def apply(cluster: RunningCluster, file: Path) -> None:
@@ -121,8 +128,11 @@ def turns(numbers: list[int]) -> int:
     return sum(before != after for before, after in pairwise(signs))
 
 
-async def test_the_number_follows_tokens_up_and_down_in_one_go(cluster: RunningCluster) -> None:
-    """Two models with equal request rates, of which one makes ten times the tokens; a third is redeployed meanwhile."""
+async def test_the_number_follows_tokens_up_and_down_in_one_go(
+    cluster: RunningCluster, broken_folder: Path, tmp_path: Path
+) -> None:
+    """Two models with equal request rates, of which one makes ten times the tokens, and the other is redeployed while
+    the load falls."""
     async with cluster.client() as client, watched(cluster, "long") as long, watched(cluster, "short") as short:
         await asyncio.gather(
             poisson(client, "long", 100, RATE_PER_S / 30, 5.0), poisson(client, "short", 10, RATE_PER_S / 30, 5.0)
@@ -131,8 +141,13 @@ async def test_the_number_follows_tokens_up_and_down_in_one_go(cluster: RunningC
         await asyncio.gather(
             poisson(client, "long", 100, RATE_PER_S, RATE_S), poisson(client, "short", 10, RATE_PER_S, RATE_S)
         )
-        risen = list(long)
-        down = asyncio.create_task(poisson(client, "long", 100, RATE_PER_S / 30, 20.0))
+        risen, risen_short = list(long), list(short)
+        redeployed = scaling_cluster(broken_folder, tmp_path, step_s=0.021)
+        down = asyncio.gather(
+            poisson(client, "long", 100, RATE_PER_S / 30, 20.0),
+            poisson(client, "short", 10, RATE_PER_S / 30, 20.0),
+            asyncio.to_thread(apply, cluster, redeployed),
+        )
 
         async def back() -> bool:
             return long[-1] == short[-1] == 1
@@ -140,6 +155,7 @@ async def test_the_number_follows_tokens_up_and_down_in_one_go(cluster: RunningC
         await eventually(back, 120.0)
         await down
     assert risen == sorted(risen)
+    assert risen_short == sorted(risen_short)
     assert turns(long) == 1
     assert turns(short) <= 1
     # 100 tokens of 20 ms each: by Little's law 2 s times the rate run at a time, 16 on a replica.
@@ -148,26 +164,48 @@ async def test_the_number_follows_tokens_up_and_down_in_one_go(cluster: RunningC
 
 
 async def test_a_model_at_zero_serves_a_burst_and_goes_to_zero_again(cluster: RunningCluster) -> None:
+    assert await served_from_zero(cluster, "zero", CYCLES) == CYCLES * BURST
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not THOROUGH, reason="takes minutes: MILLSTREAM_THOROUGH=1")
+async def test_a_vllm_model_at_zero_serves_a_burst_and_goes_to_zero_again(smollm2: Path, tmp_path: Path) -> None:
+    described = yaml.safe_load((ROOT / "tests" / "clusters" / "vllm.yaml").read_text())
+    [served] = described["models"]
+    served |= {"name": "zero", "replicas": {"min": 0, "max": 1, "idle_to_zero_after_s": 5.0}}
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(described))
+    cluster = await asyncio.to_thread(start_cluster, new_home(smollm2, tmp_path), file)
+    try:
+        assert await served_from_zero(cluster, "zero", cycles=2) == 2 * BURST
+    finally:
+        await asyncio.to_thread(cluster.millstream, "down")
+
+
+async def served_from_zero(cluster: RunningCluster, name: str, cycles: int) -> int:
+    """How many requests of bursts are answered whole, of which each finds the pool at zero."""
     served = 0
     async with cluster.client() as client:
-        for cycle in range(CYCLES):
+        for cycle in range(cycles):
 
             async def at_zero() -> bool:
-                return decided(cluster, "zero") == 0 and not await cluster.loads("zero")
+                return decided(cluster, name) == 0 and not await cluster.loads(name)
 
             await eventually(at_zero, 60.0)
-            for path in ("/v1/models", "/v1/models/zero", "/healthz", "/readyz") * 3:
+            for path in ("/v1/models", f"/v1/models/{name}", "/healthz", "/readyz") * 3:
                 response = await client.get(path)
                 assert response.status_code == 200
-            assert response.json()["models"]["zero"] is True
-            await until_decided_again(cluster, "zero", times=2)
+            assert response.json()["models"][name] is True
+            await until_decided_again(cluster, name, times=2)
             assert await at_zero()
             burst = [
-                (stream if number % 2 else complete)(client, model="zero", prompt=f"{cycle} {number}", max_tokens=5)
+                (stream if number % 2 else complete)(
+                    client, model=name, prompt=f"{cycle} {number}", max_tokens=5, ignore_eos=True
+                )
                 for number in range(BURST)
             ]
             served += sum(each.completion_tokens == 5 for each in await asyncio.gather(*burst))
-    assert served == CYCLES * BURST
+    return served
 
 
 async def until_decided_again(cluster: RunningCluster, name: str, times: int) -> None:

@@ -69,30 +69,3 @@ async def test_a_model_is_removed_and_redeployed_while_another_serves(
     ids = [[replica["id"] for replica in replicas] for replicas in (ingress, engines)]
     after = cluster.replicas("gateway", "Ingress"), cluster.replicas("model-sim-a")
     assert [[replica["id"] for replica in replicas] for replicas in after] == ids
-
-
-async def test_a_scale_down_cuts_no_stream(simulated_cluster: RunningCluster, tmp_path: Path) -> None:
-    """Two of three replicas leave under load; what they have, they finish."""
-    cluster = simulated_cluster
-    config = yaml.safe_load(BOTH.read_text())
-    [scaled] = [model for model in config["models"] if model["name"] == "sim-b"]
-    scaled["replicas"] = {"min": 1, "max": 1}
-    smaller = tmp_path / "cluster.yaml"
-    smaller.write_text(yaml.safe_dump(config))
-    await cluster.until_in_rotation("sim-b", 3)
-
-    async def one(number: int) -> int:
-        async with cluster.client() as client:
-            return (await stream(client, model="sim-b", prompt=f"number {number}", max_tokens=2000)).completion_tokens
-
-    streams = [asyncio.create_task(one(number)) for number in range(24)]
-
-    async def all_run() -> bool:
-        return sum(int(load["running"]) for load in await cluster.loads("sim-b")) == len(streams)
-
-    await eventually(all_run, 20.0)
-    await _apply(cluster, smaller)
-    assert await asyncio.gather(*streams) == [2000] * len(streams)
-    await cluster.until_in_rotation("sim-b", 1)
-    await _apply(cluster, BOTH)
-    await cluster.until_in_rotation("sim-b", 3)
