@@ -5,7 +5,7 @@
 
 Every policy gets the same requests at the same times, one after the other, each from one replica on. Replica-seconds
 count from the order to start a replica until it is gone, as Serve's REST API tells; first tokens as the client sees
-them. Takes about two and a half minutes per policy and seed.
+them. Takes about two minutes per policy and seed.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _CLUSTER: Final = Path(__file__).parent / "clusters" / "scaled.yaml"
 
 
 def bursts(seed: int) -> PoissonWorkload:
-    """Two minutes: one request per second, and two bursts of up to twelve times as many."""
-    stages = ((1, 15), (8, 25), (1, 30), (12, 20), (1, 30))
+    """A minute and a half: one request per second, and two bursts of up to twelve times as many."""
+    stages = ((1, 10), (8, 20), (1, 20), (12, 15), (1, 25))
     return PoissonWorkload(
         stages=tuple(RateStage(rate, seconds) for rate, seconds in stages),
         prompt_tokens=TokenRange(50, 400),
