@@ -32,6 +32,7 @@ from deployments.ingress.dialect import D1, D3, Dialect
 from deployments.ingress.engine_pool import EnginePool, PoolLimits
 from deployments.ingress.generation import Generation
 from deployments.ingress.meter_client import MeterClient
+from deployments.ingress.write_rounds import WriteRounds
 from deployments.logging import configure_logging
 from serve_app.config import millstream_home
 from serve_app.model_source import prepare_model
@@ -71,9 +72,12 @@ class _Meter:
 class _Pool:
     """Delivers `token_ids` to whatever starts, one by one, each when the event loop comes round."""
 
+    cold = False
+
     def __init__(self, token_ids: list[int], *, logprobs: int | None) -> None:
         self._token_ids = token_ids
         self._logprobs = logprobs
+        self.rounds = WriteRounds()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, generations: list[Generation]) -> None:
@@ -83,6 +87,8 @@ class _Pool:
             task.add_done_callback(self._tasks.discard)
 
     def abort(self, _generations: list[Generation]) -> None: ...
+
+    def first_token(self, _first_token_s: float) -> None: ...
 
     async def _deliver(self, generation: Generation) -> None:
         last = generation.sampling.max_tokens - 1
