@@ -11,6 +11,7 @@ Couplings: `Submission`, `EngineStep` between deployments/ingress/replica_stream
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeVar
 
@@ -26,11 +27,13 @@ __all__ = [
     "AdmissionRequest",
     "Admitted",
     "CreateKey",
+    "DurationHistogram",
     "DurationSum",
     "EngineLoad",
     "EngineStep",
     "FinishReason",
     "GetKey",
+    "IngressCounters",
     "KeyChanges",
     "KeyDraft",
     "KeyInfo",
@@ -39,6 +42,7 @@ __all__ = [
     "ListKeys",
     "ListTeams",
     "MeterCounters",
+    "PoolCounters",
     "PositionLogprobs",
     "PromptOptions",
     "RateLimits",
@@ -234,6 +238,8 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     """Tokens per KV block."""
     max_num_seqs: int = 0
     """Sequences in the batch at most."""
+    unsettled: int = 0
+    """Settlements in the replica's own outbox: of requests whose ingress is gone."""
 
 
 class EngineStep(msgspec.Struct, frozen=True, array_like=True):
@@ -510,10 +516,7 @@ class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class RequestCounter(msgspec.Struct, array_like=True):
-    """What the requests of one group have used, as committed to the ledger since the meter's process began.
-
-    A row that a better witness replaces leaves its group, so that these follow the ledger and may go down.
-    """
+    """What the requests of one group have used, as committed to the ledger since the meter's process began."""
 
     model: str
     key_id: str
@@ -548,6 +551,53 @@ class MeterCounters(msgspec.Struct, omit_defaults=True):
     open_reservations: int = 0
     spooled: int = 0
     """Settlements on the meter's disk that the database does not have yet."""
+
+
+# --- metrics: ingress -> ingress --------------------------------------------------------------------------------------
+
+
+class DurationHistogram(msgspec.Struct, array_like=True):
+    """How many durations fell between which bounds, and how long all of them were."""
+
+    bounds_s: tuple[float, ...]
+    """Rising; a duration counts at the first bound that is not below it."""
+    counts: list[int]
+    """One per bound, and one for what is above the last."""
+    seconds: float = 0.0
+
+    @classmethod
+    def empty(cls, bounds_s: tuple[float, ...]) -> DurationHistogram:
+        return cls(bounds_s, [0] * (len(bounds_s) + 1))
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(self.bounds_s, seconds)] += 1
+        self.seconds += seconds
+
+
+class PoolCounters(msgspec.Struct, array_like=True):
+    """What one ingress replica has seen of one model since it serves it."""
+
+    model: str
+    first_tokens: DurationHistogram
+    """From the arrival of a request to its first token."""
+    inter_tokens: DurationHistogram
+    """Between successive deliveries of a request's tokens."""
+    resumes: int = 0
+    held: int = 0
+    """Requests that wait now, because no replica is up."""
+
+
+class IngressCounters(msgspec.Struct, array_like=True):
+    """Of one ingress replica."""
+
+    ingress_id: str
+    pools: list[PoolCounters]
+    unsettled: int = 0
+    """Settlements in its outbox."""
+    oldest_unsettled_s: float = 0.0
+    """How long ago the oldest of them was made; 0 without any."""
+    loop_lag_s: float = 0.0
+    """How much later than asked for its event loop wakes, averaged over some seconds."""
 
 
 # --- administration: commands and their answer -----------------------------------------------------------------------

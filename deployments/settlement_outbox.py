@@ -86,6 +86,11 @@ class SettlementOutbox:
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
+    def lag_s(self, now: float) -> float:
+        """How long ago the oldest that waits was made, by `now` in Unix seconds; 0 when none does."""
+        oldest = [next(iter(waiting.values())).settlement for waiting in self._waiting.values() if waiting]
+        return max((max(0.0, now - each.account.started_at - each.total_s) for each in oldest), default=0.0)
+
     # --- in the order in which they happen --------------------------------------------------------------------------
 
     async def start(self) -> None:

@@ -17,7 +17,7 @@ import logging
 import os
 import pstats
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -42,6 +42,7 @@ __all__ = ["Cost", "measure"]
 PROMPT_TOKENS = 1_000
 STREAM_TOKENS = 256
 ROUNDS = 5
+_LIMITS = PoolLimits(hold_timeout_s=1, resume_timeout_s=1, drain_timeout_s=1, max_held=1)
 
 
 class Cost(NamedTuple):
@@ -69,26 +70,19 @@ class _Meter:
     def settle(self, _settlement: object, _acknowledged: object) -> None: ...
 
 
-class _Pool:
+class _Pool(EnginePool):
     """Delivers `token_ids` to whatever starts, one by one, each when the event loop comes round."""
 
-    cold = False
-
     def __init__(self, token_ids: list[int], *, logprobs: int | None) -> None:
+        super().__init__("model", _unreachable, ingress_id="i", limits=_LIMITS, rounds=WriteRounds(), note=_unreachable)
         self._token_ids = token_ids
         self._logprobs = logprobs
-        self.rounds = WriteRounds()
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, generations: list[Generation]) -> None:
         for generation in generations:
-            task = asyncio.create_task(self._deliver(generation))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._own(self._deliver(generation), "deliver")
 
-    def abort(self, _generations: list[Generation]) -> None: ...
-
-    def first_token(self, _first_token_s: float) -> None: ...
+    def abort(self, _generations: Iterable[Generation]) -> None: ...
 
     async def _deliver(self, generation: Generation) -> None:
         last = generation.sampling.max_tokens - 1
@@ -99,6 +93,10 @@ class _Pool:
                 logprobs = [PositionLogprobs(likely, [-0.5] * len(likely), list(range(1, len(likely) + 1)))]
             generation.deliver(TokenDelta(0, [token_id], "length" if number == last else None, logprobs=logprobs))
             await asyncio.sleep(0)
+
+
+def _unreachable(*_arguments: object) -> Any:
+    raise AssertionError("nothing is sent anywhere")
 
 
 async def _nothing(_message: Message) -> None: ...
@@ -116,10 +114,10 @@ def _served(folder: Path, pool: _Pool) -> ServedModel:
         folder=folder,
         max_model_len=8192,
         fingerprint="fp_0",
-        limits=PoolLimits(hold_timeout_s=1, resume_timeout_s=1, drain_timeout_s=1, max_held=1),
+        limits=_LIMITS,
     )
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return ServedModel(entry, tokenizer, cast(EnginePool, pool), 0)
+    return ServedModel(entry, tokenizer, pool, 0)
 
 
 async def _serve(body: bytes, dialect: Dialect, model: ServedModel, meter: _Meter) -> None:
@@ -131,6 +129,8 @@ async def _serve(body: bytes, dialect: Dialect, model: ServedModel, meter: _Mete
         completion, keep_alive_s=15.0, answer_error=dialect.answer, extras=dialect.extras("http://localhost")
     )
     await response({"type": "http"}, _connected, _nothing)
+    if not completion.finished:
+        raise RuntimeError("the completion failed, so its cost means nothing; the log says why")
 
 
 async def _cpu_us(work: Callable[[], Awaitable[None]], repeat: int) -> float:

@@ -189,6 +189,8 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
                 "max_held_tokens": model.max_held_tokens,
                 "cold_start_timeout_s": model.cold_start_timeout_s if model.replicas.min == 0 else None,
             },
+            "min_replicas": model.replicas.min,
+            "max_replicas": model.replicas.max,
         }
         for model in config.models
     ]

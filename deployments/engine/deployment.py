@@ -62,6 +62,7 @@ def build_engine(model: ModelConfig, folder: Path) -> Engine:
     return VllmEngine(
         VllmSettings(
             model=folder,
+            served_model_name=model.name,
             dtype=engine.dtype,
             max_model_len=engine.max_model_len,
             tensor_parallel_size=engine.tensor_parallel_size,

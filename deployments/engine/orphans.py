@@ -104,6 +104,8 @@ class Tabs:
 class Outbox(Protocol):
     """What a replica needs of deployments/settlement_outbox.py."""
 
+    def __len__(self) -> int: ...
+
     def put(self, meter: str, settlement: Settlement) -> None: ...
 
     def note(self, meter: str, settlement: Settlement) -> None: ...
@@ -118,6 +120,11 @@ class Orphanage:
         self._outbox = outbox
         self._grace_s = grace_s
         self._left: dict[str, tuple[Tabs, asyncio.TimerHandle]] = {}
+
+    @property
+    def unsettled(self) -> int:
+        """Settlements of requests without an ingress that no meter has acknowledged yet."""
+        return len(self._outbox)
 
     def take(self, ingress: str, tabs: Tabs) -> None:
         """The stream of `ingress` with `tabs` has ended."""

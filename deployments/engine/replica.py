@@ -64,6 +64,7 @@ class EngineReplica:
             finished_per_s=self._demand.ends_per_s(time.monotonic()),
             start_up_s=self._start_up_s,
             max_num_seqs=self._engine.max_num_seqs,
+            unsettled=self._orphanage.unsettled,
         )
 
     def signals(self) -> ReplicaSignals:

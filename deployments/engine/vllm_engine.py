@@ -31,6 +31,8 @@ class VllmSettings:
     """What of vLLM's engine arguments Millstream sets; names as in vLLM."""
 
     model: Path
+    served_model_name: str
+    """Labels vLLM's metrics."""
     dtype: str
     max_model_len: int | None
     tensor_parallel_size: int
@@ -68,12 +70,14 @@ class VllmEngine:
         # Replicas that share a machine must not all bind their threads to the same cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import AsyncEngineArgs, AsyncLLMEngine
+        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
         from deployments.engine._vllm_stats import EngineGauge
 
         settings = self._settings
         arguments = AsyncEngineArgs(
             model=str(settings.model),
+            served_model_name=settings.served_model_name,
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
             tensor_parallel_size=settings.tensor_parallel_size,
@@ -86,8 +90,10 @@ class VllmEngine:
             disable_log_stats=True,
         )
         gauge = EngineGauge(self.step_times)
+        # vLLM's own metrics, at Ray's node agent. In its place vLLM would add a logger for a port that nobody opens.
+        loggers = [gauge.logger, RayPrometheusStatLogger]
         # Loads weights and waits for child processes; the event loop must go on answering Serve meanwhile.
-        self._engine = await asyncio.to_thread(AsyncLLMEngine.from_engine_args, arguments, stat_loggers=[gauge.logger])
+        self._engine = await asyncio.to_thread(AsyncLLMEngine.from_engine_args, arguments, stat_loggers=loggers)
         self._gauge = gauge
         self.max_model_len = self._engine.model_config.max_model_len
 

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: FastAPI resolves the annotations of the routes at run time, and cannot see
 # names that are local to `build_app`.
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.contracts import KeyInfo
+from deployments.contracts import IngressCounters, KeyInfo
 from deployments.ingress.administration import administration_routes, require_admin
 from deployments.ingress.catalog import Catalog, ServedModel
 from deployments.ingress.completion import ClientGone, Completion
@@ -33,7 +34,7 @@ from deployments.ingress.errors import (
     UnsupportedMediaType,
 )
 from deployments.ingress.meter_client import MeterClient
-from deployments.ingress.metrics import METRICS_TYPE, metrics_text
+from deployments.ingress.metrics import METRICS_TYPE, PoolState, ingress_counters, metrics_text
 from deployments.ingress.tokenization import Tokenization
 from deployments.ingress.usage_reports import usage_routes
 from deployments.meter.meter_transport import MeterUnreachable
@@ -53,7 +54,17 @@ class IngressSettings:
     cors_origins: tuple[str, ...] = ()
 
 
-def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -> ASGIApp:
+async def _no_others() -> list[IngressCounters]:
+    return []
+
+
+def build_app(
+    catalog: Catalog,
+    meter: MeterClient,
+    settings: IngressSettings,
+    others: Callable[[], Awaitable[list[IngressCounters]]] = _no_others,
+) -> ASGIApp:
+    """`others` tells the counters of all other ingress replicas."""
     app = FastAPI(title="Millstream", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
 
     tokenization = Tokenization(catalog)
@@ -134,7 +145,13 @@ def build_app(catalog: Catalog, meter: MeterClient, settings: IngressSettings) -
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         await require_admin(caller, request)
-        return Response(metrics_text(await meter.counters(), meter.unsettled), media_type=METRICS_TYPE)
+        meters, others_counted = await asyncio.gather(meter.counters(), others())
+        ingresses = [ingress_counters(catalog, meter), *others_counted]
+        pools = [
+            PoolState(model.entry.name, model.entry.min_replicas, model.entry.max_replicas, model.pool.cards())
+            for model in catalog.models()
+        ]
+        return Response(metrics_text(meters, ingresses, pools), media_type=METRICS_TYPE)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -55,6 +55,8 @@ class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
     priority_scheduling: bool = False
     infilling: Infilling | None = None
     limits: PoolLimits
+    min_replicas: int = 1
+    max_replicas: int = 1
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ class Completion:
         self._started_at = time.time()
         self._clock = time.perf_counter()
         self._first_token_s: float | None = None
+        self._token_at = 0.0
+        """When the last ones came, by `time.perf_counter`."""
         self._mailbox = Mailbox(model.pool.rounds)
         self._prompts: list[list[int]] = []
         self._admitted = Admitted([])
@@ -230,6 +232,7 @@ class Completion:
         if self._gone:
             raise ClientGone
         deltas: list[ChoiceDelta] = []
+        timed = False
         for number, delta, error in news:
             if error is not None:
                 raise error
@@ -241,14 +244,23 @@ class Completion:
                 raise InvalidRequest(delta.message, param=delta.param or next(iter(self.request.constraining), None))
             if delta.finish_reason == "failed":
                 raise InternalError
-            if delta.token_ids and self._first_token_s is None:
-                self._first_token_s = time.perf_counter() - self._clock
-                self.model.pool.first_token(self._first_token_s)
+            if delta.token_ids and not timed:
+                timed = True  # once for all that came since the last call: it would cost too much for each token
+                self._tokens_came()
             gained = self._gained(number, candidate, delta)
             if gained is not None:
                 candidate.told = True
                 deltas.append(gained)
         return deltas
+
+    def _tokens_came(self) -> None:
+        now = time.perf_counter()
+        if self._first_token_s is None:
+            self._first_token_s = now - self._clock
+            self.model.pool.first_token(self._first_token_s)
+        else:
+            self.model.pool.inter_token(now - self._token_at)
+        self._token_at = now
 
     def _gained(self, number: int, candidate: _Candidate, delta: TokenDelta) -> ChoiceDelta | None:
         """None when there is nothing to show yet."""

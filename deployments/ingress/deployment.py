@@ -9,13 +9,15 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from deployments.contracts import IngressCounters, pack
 from deployments.engine.replica_directory import watch_replicas
 from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.catalog import Catalog, CatalogEntry
 from deployments.ingress.demand import demand_values
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.meter_client import MeterClient
-from deployments.ingress.serve_transport import ServePools
+from deployments.ingress.metrics import ingress_counters
+from deployments.ingress.serve_transport import ServePeers, ServePools
 from deployments.ingress.write_rounds import WriteRounds
 from deployments.logging import configure_logging
 from deployments.meter.meter_transport import ServeMeter
@@ -42,7 +44,9 @@ class IngressDeployment:
     ) -> None:
         configure_logging()
         self._pools = ServePools(engine_deployment)
-        self._ingress_id = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._peers = ServePeers(context.deployment, context.app_name)
+        self._ingress_id = context.replica_id.unique_id
         self._meter = MeterClient(
             list(map(ServeMeter, meters)),
             ingress_id=self._ingress_id,
@@ -62,7 +66,14 @@ class IngressDeployment:
         self._running = False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's hook for apps made per replica
-        return build_app(self._catalog, self._meter, self._settings)
+        return build_app(self._catalog, self._meter, self._settings, self._others)
+
+    async def counters(self) -> bytes:
+        """Packed `IngressCounters`, for the replica that is asked for the metrics of all."""
+        return pack(ingress_counters(self._catalog, self._meter))
+
+    async def _others(self) -> list[IngressCounters]:
+        return [each for each in await self._peers.counters() if each.ingress_id != self._ingress_id]
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this before the first request and on every change of the models."""

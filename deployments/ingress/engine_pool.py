@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from deployments.contracts import Settlement
+from deployments.contracts import DurationHistogram, PoolCounters, Settlement
 from deployments.engine.orphans import Tab
 from deployments.ingress.demand import ModelDemand
 from deployments.ingress.errors import InternalError, ModelNotReady, Overloaded
@@ -36,6 +36,9 @@ _CANDIDATES = 8
 nearly as good as that of all (the power of two choices), and costs the same however many replicas there are."""
 _FIRST_TOKENS, _FIRST_TOKENS_S = 256, 5.0
 """First-token times that count as those of now: the last ones, no older than that."""
+_FIRST_TOKEN_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0)
+_INTER_TOKEN_BOUNDS_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Of the histograms. Objectives are met at a bound (k8s/monitoring/rules.yaml)."""
 _FRUITLESS_RESUMES = 3
 """A generation that lost so many replicas in a row without a token is given up: it may be what kills them."""
 
@@ -104,6 +107,11 @@ class EnginePool:
         """Event-loop time at which the present holding began."""
         self._cold_start_s = 0.0
         """How long the last one took, or how long the last new replica says that it took to start; 0 if unknown."""
+        self._counters = PoolCounters(
+            model, DurationHistogram.empty(_FIRST_TOKEN_BOUNDS_S), DurationHistogram.empty(_INTER_TOKEN_BOUNDS_S)
+        )
+        self.inter_token = self._counters.inter_tokens.observe
+        """A request has more tokens, so many seconds after those before."""
         self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_FIRST_TOKENS)
         """When the last ones came, and how long after their requests."""
         self._retired = False
@@ -125,6 +133,7 @@ class EnginePool:
 
     def first_token(self, first_token_s: float) -> None:
         """A request has its first token, so long after its arrival."""
+        self._counters.first_tokens.observe(first_token_s)
         self._first_tokens.append((asyncio.get_running_loop().time(), first_token_s))
 
     def demand(self) -> ModelDemand:
@@ -132,6 +141,11 @@ class EnginePool:
         since = asyncio.get_running_loop().time() - _FIRST_TOKENS_S
         late = [first_token_s for at, first_token_s in self._first_tokens if at >= since]
         return ModelDemand(self._held, self._held_tokens, sum(late) / len(late) if late else 0.0)
+
+    def counters(self) -> PoolCounters:
+        """For Prometheus."""
+        self._counters.held = self._held
+        return self._counters
 
     def cards(self) -> list[dict[str, Any]]:
         """Each replica and its load, for operators."""
@@ -244,6 +258,7 @@ class EnginePool:
             else:
                 moving.append(generation)
         if moving:
+            self._counters.resumes += len(moving)
             self._own(self._place(moving, self.limits.resume_timeout_s), "resume")
 
     def _note_use(self, request: list[Generation]) -> None:

@@ -8,6 +8,7 @@ process (deployments/settlement_outbox.py). Free of Ray: `MeterTransport` is the
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
@@ -73,7 +74,7 @@ class MeterClient:
         self._meters = dict(zip(meter_names(len(meters)), meters, strict=True))
         self._names = list(self._meters)
         self._admission_timeout_s = admission_timeout_s
-        self._ingress_id = ingress_id
+        self.ingress_id = ingress_id
         self._admissions = {name: Coalescer(self._admitter(meter)) for name, meter in self._meters.items()}
         self._keys: OrderedDict[bytes, tuple[float, KeyInfo]] = OrderedDict()
         self._outbox = SettlementOutbox(outbox_folder, ingress_id, self._settle, call_limit_s=_CALL_LIMIT_S)
@@ -90,6 +91,11 @@ class MeterClient:
     def unsettled(self) -> int:
         """Settlements that no meter has acknowledged yet."""
         return len(self._outbox)
+
+    @property
+    def oldest_unsettled_s(self) -> float:
+        """How long the oldest of them has waited; 0 when none does."""
+        return self._outbox.lag_s(time.time())
 
     @property
     def full(self) -> bool:
@@ -128,7 +134,7 @@ class MeterClient:
         After ServiceUnavailable, and when it is cancelled, the meter may have reserved all the same: settle it.
         """
         name = self.meter_of(request.key_id, request.team)
-        request = msgspec.structs.replace(request, ingress_id=self._ingress_id)
+        request = msgspec.structs.replace(request, ingress_id=self.ingress_id)
         answer = await self._patiently(lambda: self._ask_to_admit(name, request))
         if isinstance(answer, AdmissionRefused):
             raise _refusal(answer)
@@ -151,8 +157,8 @@ class MeterClient:
         """Of the whole ledger. Raises ServiceUnavailable."""
         return unpack(await self._ask_first(lambda meter: meter.usage(pack(query))), list[UsageRow])
 
-    async def counters(self) -> list[MeterCounters]:
-        """Of each meter that answers."""
+    async def counters(self) -> dict[str, MeterCounters | None]:
+        """Of each meter by its name; None of those that do not answer."""
 
         async def one(meter: MeterTransport) -> MeterCounters | None:
             try:
@@ -161,8 +167,7 @@ class MeterClient:
             except (MeterUnreachable, TimeoutError):
                 return None
 
-        answers = await asyncio.gather(*map(one, self._meters.values()))
-        return [answer for answer in answers if answer is not None]
+        return dict(zip(self._meters, await asyncio.gather(*map(one, self._meters.values())), strict=True))
 
     async def ping(self) -> None:
         """Raises MeterUnreachable unless every meter and its ledger answer."""
@@ -228,7 +233,7 @@ class MeterClient:
         while True:
             try:
                 async with asyncio.timeout(_RENEW_S):
-                    await meter.renew(self._ingress_id)
+                    await meter.renew(self.ingress_id)
             except Exception as error:  # whatever it is: without this task all that runs here would be given up
                 log.warning("lease not renewed", reason=repr(error))
             await asyncio.sleep(_RENEW_S)

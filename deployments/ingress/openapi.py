@@ -260,7 +260,7 @@ def _operations() -> Json:
         "/metrics": {
             "get": operation(
                 "operation",
-                "Tell what the meters count",
+                "Tell Prometheus of the cluster",
                 "metrics",
                 answered("In Prometheus' text format.", {"text/plain": {"schema": {"type": "string"}}}),
                 *ANY_WITH_KEY,

@@ -10,18 +10,21 @@ from contextlib import aclosing
 from typing import Any, cast
 
 import grpc
+import structlog
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.contracts import SubmissionStatus, unpack
+from deployments.contracts import IngressCounters, SubmissionStatus, unpack
 from deployments.engine.engine import EngineError
 from deployments.engine.replica_directory import ReplicaGone, replicas_of
 from deployments.ingress.replica_stream import ReplicaLost
 from deployments.step_connection import StepTicket, received_steps
 
-__all__ = ["ServePools", "ServeReplica"]
+__all__ = ["ServePeers", "ServePools", "ServeReplica"]
+
+log = structlog.get_logger()
 
 _UNREACHABLE = (RayError, RayServeException, grpc.RpcError, ReplicaGone, EngineError, OSError)
 """What a Serve call raises when the other side is gone, going, or failed: gRPC's errors and those of the called method
@@ -29,6 +32,7 @@ come through bare; and a connection."""
 
 
 _PROBE_LIMIT_S = 0.2
+_COUNTERS_LIMIT_S = 2.0
 _STATUS_PERIOD_S = 5.0
 """How often Serve's status is asked for while pools are empty."""
 
@@ -118,3 +122,24 @@ class ServePools:
             self._asked_at = now
             self._known = frozenset((await asyncio.to_thread(serve.status)).applications)
         return application in self._known
+
+
+class ServePeers:
+    """All ingress replicas that Serve runs."""
+
+    def __init__(self, deployment: str, application: str) -> None:
+        self._names = deployment, application
+        self._handle: DeploymentHandle[Any] | None = None
+
+    async def counters(self) -> list[IngressCounters]:
+        """Of each that answers. None of them when one hangs: Serve's broadcast answers as a whole."""
+        try:
+            if self._handle is None:  # not before the first scrape: until then Serve may not know this application
+                handle = await asyncio.to_thread(serve.get_deployment_handle, *self._names)
+                self._handle = handle.options(request_serialization="pickle", response_serialization="pickle")
+            response = self._handle.broadcast("counters")
+            answers = await response.results_async(timeout_s=_COUNTERS_LIMIT_S, return_exceptions=True)
+        except (*_UNREACHABLE, KeyError, TimeoutError) as error:
+            log.warning("counters of the ingress replicas not told", reason=repr(error))
+            return []
+        return [unpack(answer, IngressCounters) for answer in answers if isinstance(answer, bytes)]

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Final
 
 from deployments.contracts import DurationSum, MeterCounters, RequestCounter
 from deployments.meter.ledger import Change
 
 __all__ = ["Counters"]
 
+_SUMMED: Final = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
+
+_Group = tuple[str, str, str, str]
+
 
 class Counters:
-    """Follows the ledger (`committed`), so that what Prometheus sums up is what the ledger has."""
+    """Follows the ledger (`committed`), so that what Prometheus sums up is what the ledger has.
+
+    A row that a better witness replaces leaves its group. What is told of the group then stands still until it has
+    gained as much again: Prometheus takes a counter that goes down for one that began anew, and would count all of it
+    a second time.
+    """
 
     def __init__(self) -> None:
-        self._requests: dict[tuple[str, str, str, str], RequestCounter] = {}
+        self._exact: dict[_Group, RequestCounter] = {}
+        self._told: dict[_Group, RequestCounter] = {}
         self._admissions = DurationSum()
         self._commits = DurationSum()
         self.refusals: Counter[str] = Counter()
@@ -25,14 +36,15 @@ class Counters:
         """The ledger's `on_committed`."""
         for change in changes:
             group = (change.model, change.key_id, change.team, change.status)
-            if (counter := self._requests.get(group)) is None:
-                counter = RequestCounter(change.model, change.key_id, change.team or None, change.status)
-                self._requests[group] = counter
-            counter.requests += change.requests
-            counter.prompt_tokens += change.prompt_tokens
-            counter.cached_tokens += change.cached_tokens
-            counter.completion_tokens += change.completion_tokens
-            counter.cost += change.cost
+            if (exact := self._exact.get(group)) is None:
+                head = (change.model, change.key_id, change.team or None, change.status)
+                exact = self._exact[group] = RequestCounter(*head)
+                self._told[group] = RequestCounter(*head)
+            told = self._told[group]
+            for name in _SUMMED:
+                value = getattr(exact, name) + getattr(change, name)
+                setattr(exact, name, value)
+                setattr(told, name, max(value, getattr(told, name)))
 
     def admitted(self, seconds: float) -> None:
         self._admissions.count += 1
@@ -45,7 +57,7 @@ class Counters:
     def told(self, *, wrong_keys: int, open_reservations: int, spooled: int) -> MeterCounters:
         """All of it, with what others count."""
         return MeterCounters(
-            list(self._requests.values()),
+            list(self._told.values()),
             dict(self.refusals),
             self._admissions,
             self._commits,

@@ -236,9 +236,10 @@ async def test_the_ledger_agrees_with_what_the_official_client_sees(metered_clus
 
         async def counted() -> bool:
             lines = (await http.get("/metrics")).text.splitlines()
-            return (
-                f'millstream_tokens_total{{key="{key["id"]}",kind="prompt",model="sim-a",team=""}} {prompt + 1}.0'
-                in lines
+            return any(
+                line.startswith(f'millstream_prompt_tokens_total{{key="{key["id"]}",meter="Meter')
+                and line.endswith(f',model="sim-a",team=""}} {prompt + 1}.0')
+                for line in lines
             )
 
         await eventually(counted, 5.0)

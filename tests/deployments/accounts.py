@@ -19,6 +19,9 @@ class RecordedOutbox:
         self.notes: dict[str, Settlement] = {}
         """By request."""
 
+    def __len__(self) -> int:
+        return 0  # taken at once
+
     def put(self, meter: str, settlement: Settlement) -> None:
         self.notes.pop(settlement.account.request_id, None)
         self.settled.append((meter, settlement))

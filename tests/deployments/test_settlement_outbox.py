@@ -16,7 +16,7 @@ from deployments import settlement_outbox
 from deployments.contracts import Settlement
 from deployments.record_file import framed
 from deployments.settlement_outbox import SettlementOutbox
-from tests.deployments.accounts import settlement
+from tests.deployments.accounts import account, settlement
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
 
 
@@ -68,6 +68,21 @@ async def test_a_meter_that_is_away_holds_up_no_other(tmp_path: Path) -> None:
     meters.away.clear()
     await asyncio.sleep(1.1)
     assert meters.taken == [("Meter", "b"), ("Meter-1", "a")]
+    await outbox.close()
+
+
+@in_virtual_time
+async def test_the_oldest_settlement_that_waits_tells_how_late_the_ledger_is(tmp_path: Path) -> None:
+    meters = Meters()
+    meters.away |= {"Meter", "Meter-1"}
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    assert outbox.lag_s(100.0) == 0
+    for meter, request_id, started_at in (("Meter", "a", 90.0), ("Meter-1", "b", 80.0), ("Meter-1", "c", 70.0)):
+        outbox.put(meter, settlement(request_id, account=account(request_id, started_at=started_at), total_s=5.0))
+    assert outbox.lag_s(100.0) == 15.0, "of those that were put first, to either meter"
+    meters.away.clear()
+    await asyncio.sleep(1.1)
+    assert outbox.lag_s(100.0) == 0
     await outbox.close()
 
 
@@ -239,7 +254,7 @@ _VICTIM = """
 import asyncio, sys
 from pathlib import Path
 from deployments.settlement_outbox import SettlementOutbox
-from tests.deployments.accounts import settlement
+from tests.deployments.accounts import account, settlement
 
 async def main() -> None:
     async def never(meter, settlements):

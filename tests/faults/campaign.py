@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 import httpx
 import sqlalchemy as sa
+from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.meter.database import open_database
 from deployments.meter.schema import REQUESTS, USAGE_HOURS
@@ -264,7 +265,7 @@ class Campaign:
                 except (httpx.HTTPError, FileNotFoundError):  # a file was adopted meanwhile
                     calm = 0
                     continue
-                gauges = dict(_gauges(response.text)) if response.status_code == 200 else {}
+                gauges = _sums(response.text) if response.status_code == 200 else {}
                 open_work = [
                     gauges.get(f"millstream_{name}")
                     for name in ("open_reservations", "spooled_settlements", "unsettled_requests")
@@ -293,11 +294,13 @@ class Campaign:
 _SUMMED = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 
-def _gauges(text: str) -> Iterator[tuple[str, float]]:
-    for line in text.splitlines():
-        name, _, value = line.partition(" ")
-        if name.startswith("millstream_") and "{" not in name:
-            yield name, float(value)
+def _sums(metrics: str) -> dict[str, float]:
+    """Of each gauge, over all its labels."""
+    return {
+        family.name: sum(sample.value for sample in family.samples)
+        for family in text_string_to_metric_families(metrics)
+        if family.type == "gauge"
+    }
 
 
 def _violations_of(attempt: Attempt, row: Any) -> Iterator[str]:

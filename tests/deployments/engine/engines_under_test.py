@@ -110,6 +110,7 @@ async def until(condition: Callable[[], bool], engine: Engine) -> None:
 def vllm_engine(model: Path, *, stall_timeout_s: float) -> VllmEngine:
     settings = VllmSettings(
         model=model,
+        served_model_name="smollm2",
         dtype="float32",
         max_model_len=MAX_MODEL_LEN,
         tensor_parallel_size=1,

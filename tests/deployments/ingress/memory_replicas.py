@@ -248,7 +248,7 @@ async def opened_pool(
     notes: RecordedOutbox | None = None,
 ) -> AsyncIterator[EnginePool]:
     """A pool that has just heard of `replicas`. Fails when one of its tasks has failed."""
-    notes = notes or RecordedOutbox()
+    notes = RecordedOutbox() if notes is None else notes
 
     def connect(replica_id: str) -> ReplicaTransport:
         return replicas[replica_id]

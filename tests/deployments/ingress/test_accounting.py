@@ -9,11 +9,8 @@ from deployments.contracts import (
     AdmissionRefused,
     AdmissionRequest,
     Admitted,
-    DurationSum,
     KeyInfo,
-    MeterCounters,
     RateLimits,
-    RequestCounter,
     Settlement,
 )
 from deployments.engine.orphans import GRACE_S
@@ -21,7 +18,7 @@ from deployments.engine.step_outbox import HEARTBEAT_S
 from deployments.meter.meter_transport import MeterUnreachable
 from deployments.settlement_outbox import SettlementOutbox
 from tests.deployments.ingress.memory_gateway import Gateway, gateway
-from tests.deployments.ingress.memory_meter import ADMIN_KEY, USER_KEY
+from tests.deployments.ingress.memory_meter import USER_KEY
 from tests.deployments.ingress.memory_replicas import SETTINGS
 from tests.deployments.ingress.virtual_time import in_virtual_time
 
@@ -253,24 +250,3 @@ async def test_a_key_sees_the_models_that_it_may_use(tmp_path: Path) -> None:
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
-
-
-@in_virtual_time
-async def test_metrics_are_for_the_admin_key_and_add_up(tmp_path: Path) -> None:
-    async with gateway(tmp_path) as gate:
-        gate.meter.counted = MeterCounters(
-            [RequestCounter("m", "key-1", None, "finished", 2, 10, 4, 30, 0.5)],
-            {"rate_limit_exceeded": 7},
-            DurationSum(9, 0.25),
-            DurationSum(),
-            lost_reservations=1,
-        )
-        assert (await gate.client.get("/metrics")).status_code == 403
-        response = await gate.client.get("/metrics", headers={"authorization": f"Bearer {ADMIN_KEY}"})
-        assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-        lines = response.text.splitlines()
-        assert 'millstream_requests_total{key="key-1",model="m",status="finished",team=""} 2.0' in lines
-        assert 'millstream_tokens_total{key="key-1",kind="completion",model="m",team=""} 30.0' in lines
-        assert 'millstream_refusals_total{code="rate_limit_exceeded"} 7.0' in lines
-        assert "millstream_lost_reservations_total 1.0" in lines
-        assert "millstream_admission_seconds_count 9.0" in lines
