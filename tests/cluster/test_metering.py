@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import sqlalchemy as sa
+from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.meter.database import open_database
 from deployments.meter.schema import REQUESTS
@@ -245,3 +246,22 @@ async def test_the_ledger_agrees_with_what_the_official_client_sees(metered_clus
         await eventually(counted, 5.0)
     told = json.loads(cluster.millstream("usage", "--by", "model,key", "--key", key["id"], "--json").stdout)
     assert [row["completion_tokens"] for row in told] == [completion + 1]
+
+
+async def test_one_scrape_tells_of_all_ingress_replicas_and_meters(metered_cluster: MeteredCluster) -> None:
+    async with metered_cluster.cluster.client() as http:
+        body = {"model": "sim-a", "prompt": "a", "max_tokens": 2}
+        for _ in range(30):
+            (await http.post("/v1/completions", json=body)).raise_for_status()
+
+        async def told(label: str, name: str) -> dict[str, float]:
+            text = (await http.get("/metrics")).text
+            samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+            return {sample.labels[label]: sample.value for sample in samples if sample.name == name}
+
+        async def all_tell() -> bool:  # also after a test that has killed some
+            first_tokens = await told("ingress", "millstream_first_token_seconds_count")
+            up = await told("meter", "millstream_meter_up")
+            return len(first_tokens) == 3 and sum(first_tokens.values()) >= 30 and up == {"Meter": 1, "Meter-1": 1}
+
+        await eventually(all_tell, 30.0)
