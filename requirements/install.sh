@@ -73,6 +73,7 @@ install_dev() {
     # The tests run servers of their own, in temporary folders.
     compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || command -v postgres >/dev/null ||
         install_debian_packages "[0/1]" postgresql
+    command -v promtool >/dev/null && command -v prometheus >/dev/null || install_debian_packages "[0/1]" prometheus
     install_lock "[1/1]" dev "half a minute"
 }
 

@@ -1,4 +1,4 @@
-"""KV cache occupancy and step times of a running vLLM: the one place that touches vLLM's unstable statistics interface.
+"""KV cache occupancy, step times and metrics of a running vLLM: all that touches vLLM's unstable statistics interface.
 
 vLLM has no public way to ask for free KV blocks or for the time of its steps, but it takes custom stat loggers. Their
 base class is documented as unstable, hence this module and tests/deployments/engine/test_vllm_stats.py, which notices
@@ -11,14 +11,15 @@ import time
 from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from deployments.engine.step_times import StepTimes
 
-__all__ = ["EngineGauge"]
+__all__ = ["EngineGauge", "stat_loggers"]
 
 
 class EngineGauge:
-    """Holds what vLLM's scheduler said last, and times its steps. Pass `logger` in AsyncLLM's `stat_loggers`."""
+    """Holds what vLLM's scheduler said last, and times its steps."""
 
     def __init__(self, step_times: StepTimes) -> None:
         self.blocks_total = 0
@@ -72,3 +73,9 @@ class _Logger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not type-checked
 
     def log_engine_initialized(self) -> None:
         """Nothing to announce: the replica logs its own start."""
+
+
+def stat_loggers(gauge: EngineGauge) -> list[Any]:
+    """For AsyncLLM's `stat_loggers`: `gauge`'s, and the one that gives all of vLLM's own metrics to Ray's node agent.
+    Without that, vLLM adds one that keeps them in this process, where nobody can read them."""
+    return [gauge.logger, RayPrometheusStatLogger]

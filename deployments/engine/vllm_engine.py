@@ -70,9 +70,8 @@ class VllmEngine:
         # Replicas that share a machine must not all bind their threads to the same cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import AsyncEngineArgs, AsyncLLMEngine
-        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
-        from deployments.engine._vllm_stats import EngineGauge
+        from deployments.engine._vllm_stats import EngineGauge, stat_loggers
 
         settings = self._settings
         arguments = AsyncEngineArgs(
@@ -90,8 +89,7 @@ class VllmEngine:
             disable_log_stats=True,
         )
         gauge = EngineGauge(self.step_times)
-        # vLLM's own metrics, at Ray's node agent. In its place vLLM would add a logger for a port that nobody opens.
-        loggers = [gauge.logger, RayPrometheusStatLogger]
+        loggers = stat_loggers(gauge)
         # Loads weights and waits for child processes; the event loop must go on answering Serve meanwhile.
         self._engine = await asyncio.to_thread(AsyncLLMEngine.from_engine_args, arguments, stat_loggers=loggers)
         self._gauge = gauge

@@ -179,6 +179,7 @@ class Replica(_Answer):
     """How long it took to start."""
     kv_block_tokens: Count
     max_num_seqs: Count
+    unsettled: Count
 
 
 class ReplicaList(_Answer):

@@ -46,6 +46,16 @@ def test_the_gauge_follows_vllms_scheduler() -> None:
     assert gauge.blocks_free == 75
 
 
+def test_one_of_the_loggers_takes_the_place_of_the_one_that_vllm_would_add() -> None:
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PrometheusStatLogger
+
+    from deployments.engine._vllm_stats import EngineGauge, stat_loggers
+
+    [_, published] = stat_loggers(EngineGauge(StepTimes()))
+    assert issubclass(published, PrometheusStatLogger)
+    assert issubclass(published, AggregateStatLoggerBase)
+
+
 def test_the_configuration_names_the_kv_blocks() -> None:
     from vllm.config import CacheConfig
 
