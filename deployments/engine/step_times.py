@@ -15,8 +15,9 @@ _FADE = 0.999
 """Weight of an observation relative to the next one: the last thousand steps or so count."""
 _PREFILL_FADE_TOKENS = 200_000.0
 """Prefills are remembered for so many prompt tokens, however many decode steps lie between."""
-_RIDGE = 1e-6
-"""Share of the mean square of each regressor that is added to it: what never varied is then credited little."""
+_RIDGE = np.array([0.0, 1e-3, 1e-6])
+"""Share of the mean square of each regressor that is added to it. Of the first none: while the batch has always been of
+one size, its time is the step's and not the sequences', or larger batches would be thought slow."""
 
 
 class StepTimes:
@@ -67,7 +68,7 @@ class StepTimes:
         normal = np.array(
             [[self._ss, self._sn, self._sp], [self._sn, self._nn, self._np], [self._sp, self._np, self._pp]]
         )
-        damped = normal + np.diag(_RIDGE * np.diag(normal) + 1e-12)
+        damped = normal + np.diag(_RIDGE * np.diag(normal) + 1e-15)
         solved = np.linalg.solve(damped, [self._st, self._nt, self._pt])
         base, per_sequence, per_prefill_token = np.maximum(solved, 0.0).tolist()
         return base, per_sequence, per_prefill_token

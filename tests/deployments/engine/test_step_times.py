@@ -57,3 +57,10 @@ def test_steps_that_are_told_together_count_each() -> None:
             single.observe(0.001 * sequences + 0.005, sequences, 0)
         several.observe(4 * (0.001 * sequences + 0.005), sequences, 0, steps=4)
     assert several.decode_s == pytest.approx(single.decode_s, rel=1e-2)
+
+
+def test_batches_of_one_size_tell_nothing_of_larger_ones() -> None:
+    times = StepTimes()
+    for _ in range(100):
+        times.observe(0.02, 3, 0)
+    assert times.decode_s == pytest.approx((0.02, 0.0), abs=1e-4)
