@@ -9,12 +9,11 @@ import asyncio
 import random
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
@@ -28,6 +27,7 @@ SIMULATED = ROOT / "loadtests" / "clusters" / "simulated.yaml"
 RATE_PER_S, RATE_S = (60.0, 60.0) if THOROUGH else (16.0, 15.0)
 CYCLES = 50 if THOROUGH else 2
 BURST = 20
+_CLIENTS = 64
 STREAM_S = 60.0 if THOROUGH else 6.0
 
 ENGINE = {"kind": "simulated", "max_num_seqs": 16, "step_s": 0.1}
@@ -107,19 +107,22 @@ async def watched(cluster: RunningCluster, name: str) -> AsyncIterator[list[int]
 
 
 async def poisson(
-    client: httpx.AsyncClient, name: str, max_tokens: int, rate_per_s: float, seconds: float
+    cluster: RunningCluster, name: str, max_tokens: int, rate_per_s: float, seconds: float
 ) -> list[Streamed]:
     """Streams that come at a rate, whatever became of those before; returns when the last has ended."""
     loop, source = asyncio.get_running_loop(), random.Random(name)
-    at, end = loop.time(), loop.time() + seconds
-    async with asyncio.TaskGroup() as group:
-        tasks: list[asyncio.Task[Streamed]] = []
-        while (at := at + source.expovariate(rate_per_s)) < end:
-            await asyncio.sleep(at - loop.time())
-            prompt = f"request {len(tasks)}"
-            tasks.append(
-                group.create_task(stream(client, model=name, prompt=prompt, max_tokens=max_tokens, ignore_eos=True))
-            )
+    async with AsyncExitStack() as stack:
+        # One client's pool of connections would take a time that grows with the square of those that are open.
+        clients = [await stack.enter_async_context(cluster.client()) for _ in range(_CLIENTS)]
+        at, end = loop.time(), loop.time() + seconds
+        async with asyncio.TaskGroup() as group:
+            tasks: list[asyncio.Task[Streamed]] = []
+            while (at := at + source.expovariate(rate_per_s)) < end:
+                await asyncio.sleep(at - loop.time())
+                prompt, client = f"request {len(tasks)}", clients[len(tasks) % _CLIENTS]
+                tasks.append(
+                    group.create_task(stream(client, model=name, prompt=prompt, max_tokens=max_tokens, ignore_eos=True))
+                )
     streamed = [task.result() for task in tasks]
     assert {each.completion_tokens for each in streamed} == {max_tokens}
     return streamed
@@ -136,18 +139,18 @@ async def test_the_number_follows_tokens_up_and_down_in_one_go(
 ) -> None:
     """Two models with equal request rates, of which one makes ten times the tokens, and the other is redeployed while
     the load falls."""
-    async with cluster.client() as client, watched(cluster, "long") as long, watched(cluster, "short") as short:
+    async with watched(cluster, "long") as long, watched(cluster, "short") as short:
         await asyncio.gather(
-            poisson(client, "long", LONG, RATE_PER_S / 30, 5.0), poisson(client, "short", SHORT, RATE_PER_S / 30, 5.0)
+            poisson(cluster, "long", LONG, RATE_PER_S / 30, 5.0), poisson(cluster, "short", SHORT, RATE_PER_S / 30, 5.0)
         )
         assert (set(long), set(short)) == ({1}, {1})
         await asyncio.gather(
-            poisson(client, "long", LONG, RATE_PER_S, RATE_S), poisson(client, "short", SHORT, RATE_PER_S, RATE_S)
+            poisson(cluster, "long", LONG, RATE_PER_S, RATE_S), poisson(cluster, "short", SHORT, RATE_PER_S, RATE_S)
         )
         redeployed = scaling_cluster(broken_folder, tmp_path, step_s=0.11)
         down = asyncio.gather(
-            poisson(client, "long", LONG, RATE_PER_S / 30, 20.0),
-            poisson(client, "short", SHORT, RATE_PER_S / 30, 20.0),
+            poisson(cluster, "long", LONG, RATE_PER_S / 30, 20.0),
+            poisson(cluster, "short", SHORT, RATE_PER_S / 30, 20.0),
             asyncio.to_thread(apply, cluster, redeployed),
         )
 
