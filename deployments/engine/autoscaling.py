@@ -195,21 +195,20 @@ def _shortage(
         slots = min(slots, capacity.kv_blocks_total / load.kv_blocks_per_sequence)
     tokens = capacity.generated_tokens
     batch = max(load.running / replicas, _batch(load.arrivals_per_s * tokens / replicas, prefill_share, capacity))
-    full = batch
+    overdue = False
     if load.backlog and math.isfinite(slots):
         if tokens and capacity.step_s:
             step_s = capacity.step_s + capacity.step_s_per_sequence * slots
             rate = slots * (1 - catching_up) / (tokens * step_s)
-            if (load.arrivals_per_s + load.backlog / horizon_s) / replicas > rate:
-                full = math.inf
+            overdue = (load.arrivals_per_s + load.backlog / horizon_s) / replicas > rate
         else:
-            full = (load.running + load.backlog) / replicas
+            overdue = (load.running + load.backlog) / replicas > slots
     told = f"{replicas * batch:.0f} sequences and {load.backlog:.0f} waiting"
     if capacity.max_num_seqs and (batch > _MAX_BATCH_SHARE * capacity.max_num_seqs):
         return f"batch: {told}, {capacity.max_num_seqs:.0f} a replica"
     if batch * load.kv_blocks_per_sequence > targets.target_kv_use * capacity.kv_blocks_total > 0:
         return f"KV: {told} of {load.kv_blocks_per_sequence:.0f} blocks each, {capacity.kv_blocks_total:.0f} a replica"
-    if full > slots:
+    if overdue:
         return f"queue: {told}, {slots:.0f} a replica"
     return None
 

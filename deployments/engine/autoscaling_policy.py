@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from deployments.engine.autoscaling import (
 from deployments.engine.placement import misfit
 from deployments.engine.scaling_board import DecisionBoard, ShownDecision, demand_of
 
-__all__ = ["DecisionLog", "PoolPolicy", "latest_values"]
+__all__ = ["DecisionLog", "PacedPolicy", "PoolPolicy", "latest_values"]
 
 _log = logging.getLogger("ray.serve")
 """Serve's own, which its controller writes to a file: these lines belong among its others."""
@@ -75,42 +76,60 @@ class DecisionLog:
         self._board.show(self._application, shown)
 
 
-class PoolPolicy:
+class PacedPolicy(ABC):
+    """A policy that decides twice a second, and tells of it, however often Serve asks."""
+
+    def __init__(self, home: str) -> None:
+        self._home = Path(home)
+        self._log: DecisionLog | None = None
+        self._decided_at = -math.inf
+
+    def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        now = time.monotonic()
+        target: int = ctx.target_num_replicas
+        if now - self._decided_at < _PERIOD_S:
+            return target, {}
+        self._decided_at = now
+        decision = self._decision(now, ctx)
+        if decision is None:
+            return target, {}
+        if self._log is None:
+            self._log = DecisionLog(ctx.app_name, self._home)
+        self._log.tell(ctx.current_time, target, decision)
+        return decision.replicas, {}
+
+    @abstractmethod
+    def _decision(self, now: float, ctx: AutoscalingContext) -> Decision | None:
+        """None while too little is known to change anything. `now` in seconds of a steady clock."""
+
+
+class PoolPolicy(PacedPolicy):
     """For `autoscaling_config.policy` of a deployment Engine."""
 
     def __init__(self, model: str, home: str, targets: Mapping[str, Any], needs: Mapping[str, float]) -> None:
         """`needs`: what a replica reserves, by Ray's name of the resource."""
+        super().__init__(home)
         self._model = model
         self._needs = needs
         self._complete_at = self._placed_at = -math.inf
         self._no_place: str | None = None
         self._decide: Callable[[float, PoolSignals], Decision] = PoolScaler(ScalingTargets(**targets)).decide
-        self._log: DecisionLog | None = None
-        self._home = Path(home)
-        self._decided_at = -math.inf
 
-    def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        now = time.monotonic()
+    def _decision(self, now: float, ctx: AutoscalingContext) -> Decision | None:
         target = ctx.target_num_replicas
-        if now - self._decided_at < _PERIOD_S:
-            return target, {}
-        self._decided_at = now
         replicas = [
             ReplicaSignals(*(values[field] for field in ReplicaSignals._fields))
             for values in latest_values(ctx)
             if values.keys() >= set(ReplicaSignals._fields)
         ]
         if ctx.running_replicas and not replicas:
-            return target, {}  # they have not reported yet, or not to this controller
+            return None  # they have not reported yet, or not to this controller
         demand = demand_of(self._model, ctx.current_time)
         signals = PoolSignals(target=target, replicas=tuple(replicas), **demand._asdict())
         decision = self._decide(now, signals)
         if no_place := self._missing(now, len(ctx.running_replicas), target):
             decision = Decision(decision.replicas, f"{decision.reason}; {no_place}")
-        if self._log is None:
-            self._log = DecisionLog(ctx.app_name, self._home)
-        self._log.tell(ctx.current_time, target, decision)
-        return decision.replicas, {}
+        return decision
 
     def _missing(self, now: float, running: int, target: int) -> str | None:
         """Why replicas do not come, if the nodes cannot hold so many; looked at while some have been missing for long.

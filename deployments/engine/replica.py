@@ -70,8 +70,8 @@ class EngineReplica:
     def signals(self) -> ReplicaSignals:
         """What the decision on the number of replicas rests on."""
         now = time.monotonic()
-        step_s, step_s_per_sequence = self._engine.step_times.decode_s
         load, times, demand = self._engine.load(), self._engine.step_times, self._demand
+        step_s, step_s_per_sequence = times.decode_s
         if load.running or load.waiting or self._submitted != self._submitted_before:
             self._busy_at, self._submitted_before = now, self._submitted
         return ReplicaSignals(

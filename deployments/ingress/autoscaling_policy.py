@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import time
-from pathlib import Path
-from typing import Any
-
 from ray.serve.config import AutoscalingContext
 
-from deployments.engine.autoscaling import ReplicaScaler, Wanted
-from deployments.engine.autoscaling_policy import DecisionLog, latest_values
+from deployments.engine.autoscaling import Decision, ReplicaScaler, Wanted
+from deployments.engine.autoscaling_policy import PacedPolicy, latest_values
 from deployments.engine.scaling_board import report_demands
 from deployments.ingress.demand import LAG, model_demands
 
@@ -21,7 +16,6 @@ _TARGET_OPEN_REQUESTS = 256
 _TARGET_LAG_S = 0.05
 """Timers of an event loop that come later than this, on average over some seconds, tell of a full core."""
 _DOWN_AFTER_S = 120.0
-_PERIOD_S = 0.5
 
 
 def wanted_ingresses(replicas: int, open_requests: float, lag_s: float) -> Wanted:
@@ -38,28 +32,18 @@ def wanted_ingresses(replicas: int, open_requests: float, lag_s: float) -> Wante
     return max(by_requests, by_lag, key=lambda wanted: wanted.replicas)
 
 
-class IngressPolicy:
+class IngressPolicy(PacedPolicy):
     """For `autoscaling_config.policy` of the deployment Ingress; also hands on what its replicas say of the models."""
 
     def __init__(self, home: str, minimum: int, maximum: int) -> None:
-        self._home = Path(home)
+        super().__init__(home)
         self._scaler = ReplicaScaler(minimum, maximum, _DOWN_AFTER_S)
-        self._log: DecisionLog | None = None
-        self._decided_at = -math.inf
 
-    def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        now = time.monotonic()
-        target = ctx.target_num_replicas
-        if now - self._decided_at < _PERIOD_S:
-            return target, {}
-        self._decided_at = now
+    def _decision(self, now: float, ctx: AutoscalingContext) -> Decision | None:
         reports = latest_values(ctx)
         report_demands(ctx.current_time, model_demands(reports))
         if not reports:
-            return target, {}
+            return None
         lag_s = sum(values[LAG] for values in reports) / len(reports)
-        decision = self._scaler.decide(now, target, wanted_ingresses(len(reports), ctx.total_num_requests, lag_s))
-        if self._log is None:
-            self._log = DecisionLog(ctx.app_name, self._home)
-        self._log.tell(ctx.current_time, target, decision)
-        return decision.replicas, {}
+        wanted = wanted_ingresses(len(reports), ctx.total_num_requests, lag_s)
+        return self._scaler.decide(now, ctx.target_num_replicas, wanted)
