@@ -40,7 +40,8 @@ class IngressPolicy(PacedPolicy):
         self._scaler = ReplicaScaler(minimum, maximum, _DOWN_AFTER_S)
 
     def _decision(self, now: float, ctx: AutoscalingContext) -> Decision | None:
-        reports = latest_values(ctx)
+        # A replica that just started has told Serve's own values only.
+        reports = [values for values in latest_values(ctx) if LAG in values]
         report_demands(ctx.current_time, model_demands(reports))
         if not reports:
             return None

@@ -14,11 +14,10 @@ from typing import Final, Literal
 
 from serve_app.config import ClusterConfig, ModelConfig
 
-__all__ = ["GATEWAY_GROUP", "METER_GROUP", "WorkerGroup", "engine_group_name", "worker_groups"]
+__all__ = ["GATEWAY_GROUP", "METER_GROUP", "WorkerGroup", "engine_group_name", "ingress_cpus", "worker_groups"]
 
 GATEWAY_GROUP: Final = "gateway"
 METER_GROUP: Final = "meter"
-_REDUNDANT_PODS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,25 @@ def engine_group_name(model: ModelConfig) -> str:
     return _group_name(model.resources.accelerator, _pod_gpus(model))
 
 
+def ingress_cpus(config: ClusterConfig) -> float:
+    """CPUs that an ingress replica reserves on Kubernetes: its share of a pod, so that no pod takes more of them."""
+    return _gateway(config).cpus / _ingresses_in_a_pod(config)
+
+
 def _gateway(config: ClusterConfig) -> WorkerGroup:
     """Room for every ingress replica, and for one more, which starts while another still finishes its streams."""
-    replicas, cpus = config.ingress.replicas, config.kubernetes.gateway_cpus
-    in_a_pod = config.ingress.resources.cpus / cpus
-    fewest = max(math.ceil(replicas.min * in_a_pod), min(replicas.min, _REDUNDANT_PODS))
-    most = max(math.ceil((replicas.max + 1) * in_a_pod), min(replicas.max, _REDUNDANT_PODS))
-    return WorkerGroup(GATEWAY_GROUP, "gateway", fewest, max(fewest, most), cpus)
+    replicas, in_a_pod = config.ingress.replicas, _ingresses_in_a_pod(config)
+    fewest, most = math.ceil(replicas.min / in_a_pod), math.ceil((replicas.max + 1) / in_a_pod)
+    return WorkerGroup(
+        GATEWAY_GROUP, "gateway", fewest, most, max(1, math.ceil(in_a_pod * config.ingress.resources.cpus))
+    )
+
+
+def _ingresses_in_a_pod(config: ClusterConfig) -> int:
+    """Where there are to be several, at most half of them: Serve fills the first pod that is up."""
+    replicas, cpus = config.ingress.replicas, config.ingress.resources.cpus
+    fitting = int(config.kubernetes.gateway_cpus / cpus) if cpus else replicas.max + 1
+    return fitting if replicas.min == 1 else max(1, min(fitting, replicas.min // 2))
 
 
 def _meter(config: ClusterConfig) -> WorkerGroup:

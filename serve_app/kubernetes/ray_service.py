@@ -7,7 +7,7 @@ from typing import Any
 
 from serve_app.applications import ENGINE, INGRESS, serve_config
 from serve_app.config import ClusterConfig
-from serve_app.kubernetes.groups import GATEWAY_GROUP, METER_GROUP, WorkerGroup, engine_group_name, worker_groups
+from serve_app.kubernetes.groups import GATEWAY_GROUP, METER_GROUP, WorkerGroup, engine_group_name, ingress_cpus, worker_groups
 from serve_app.kubernetes.pods import (
     AUTOSCALER_ACCOUNT_MOUNT,
     CONTAINER_SECURITY,
@@ -82,7 +82,11 @@ def placed_serve_config(config: ClusterConfig) -> dict[str, Any]:
     described["http_options"]["host"] = "0.0.0.0"
     gateway, *models = described["applications"]
     for deployment in gateway["deployments"]:
-        _place(deployment, GATEWAY_GROUP if deployment["name"] == INGRESS else METER_GROUP)
+        if deployment["name"] == INGRESS:
+            _place(deployment, GATEWAY_GROUP)
+            deployment["ray_actor_options"]["num_cpus"] = ingress_cpus(config)
+        else:
+            _place(deployment, METER_GROUP)
     for application, model in zip(models, config.models, strict=True):
         for deployment in application["deployments"]:
             if deployment["name"] == ENGINE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve_app.config import ClusterConfig
-from serve_app.kubernetes.groups import WorkerGroup, engine_group_name, worker_groups
+from serve_app.kubernetes.groups import WorkerGroup, engine_group_name, ingress_cpus, worker_groups
 from tests.serve_app.kubernetes.clusters import cluster, model
 
 
@@ -18,23 +18,29 @@ def test_gateway_and_meter_have_groups_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("replicas", "cpus", "pods"),
+    ("replicas", "cpus", "pods", "pod_cpus", "reserved"),
     [
-        ((1, 1), 0.25, (1, 1)),
-        ((1, 1), 1.0, (1, 1)),
-        ((2, 2), 0.25, (2, 2)),  # two on one node would both be lost with it
-        ((2, 6), 1.0, (2, 4)),  # two fit, and there is room for a seventh that replaces one of six
-        ((3, 3), 0.5, (2, 2)),
+        ((1, 1), 0.25, (1, 1), 2, 0.25),
+        ((1, 1), 1.0, (1, 1), 2, 1.0),
+        ((2, 2), 0.25, (2, 3), 1, 1.0),  # two on one node would both be lost with it
+        ((2, 6), 1.0, (2, 7), 1, 1.0),
+        ((3, 3), 0.5, (3, 4), 1, 1.0),
+        ((4, 8), 0.5, (2, 5), 1, 0.5),
+        ((8, 8), 0.5, (2, 3), 2, 0.5),
+        ((2, 2), 0.0, (2, 3), 1, 1.0),
     ],
 )
-def test_gateway_pods_hold_all_ingress_replicas_and_one_that_starts_meanwhile(
-    replicas: tuple[int, int], cpus: float, pods: tuple[int, int]
+def test_gateway_pods_hold_all_ingress_replicas_and_one_that_starts_meanwhile_but_none_holds_all(
+    replicas: tuple[int, int], cpus: float, pods: tuple[int, int], pod_cpus: int, reserved: float
 ) -> None:
     fewest, most = replicas
-    ingress = {"replicas": {"min": fewest, "max": most}, "resources": {"cpus": cpus}}
-    gateway = groups(cluster(ingress=ingress))["gateway"]
-    assert (gateway.min_pods, gateway.max_pods, gateway.cpus) == (*pods, 2)
-    assert gateway.max_pods * gateway.cpus >= (most + 1) * cpus
+    config = cluster(ingress={"replicas": {"min": fewest, "max": most}, "resources": {"cpus": cpus}})
+    gateway = groups(config)["gateway"]
+    assert (gateway.min_pods, gateway.max_pods, gateway.cpus, ingress_cpus(config)) == (*pods, pod_cpus, reserved)
+    in_a_pod = gateway.cpus / ingress_cpus(config)
+    assert gateway.min_pods * in_a_pod >= fewest
+    assert gateway.max_pods * in_a_pod >= most + 1
+    assert fewest == 1 or in_a_pod < fewest
 
 
 def test_all_meters_are_in_one_pod_with_room_for_their_successors() -> None:
