@@ -33,11 +33,11 @@ def postgres_binaries() -> Path | None:
 
 
 @contextmanager
-def postgres_server(binaries: Path) -> Iterator[PostgresServer]:
-    """A running server with an empty folder, which is removed in the end."""
+def postgres_server(binaries: Path, host: str = "127.0.0.1") -> Iterator[PostgresServer]:
+    """A running server at `host` with an empty folder, which is removed in the end."""
     # Not pytest's folder: the path of the socket must be short, and another user may have to enter it.
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
-    server = PostgresServer(binaries, folder)
+    server = PostgresServer(binaries, folder, host)
     try:
         if os.getuid() == 0:
             shutil.chown(folder, "postgres")
@@ -50,11 +50,12 @@ def postgres_server(binaries: Path) -> Iterator[PostgresServer]:
 
 
 class PostgresServer:
-    """Listens on a port of 127.0.0.1 of its own, for the user `millstream` without a password; commits are synced."""
+    """Listens on a port of its own, for the user `millstream` without a password; commits are synced."""
 
-    def __init__(self, binaries: Path, folder: Path) -> None:
+    def __init__(self, binaries: Path, folder: Path, host: str) -> None:
         self._binaries = binaries
         self._folder = folder
+        self._host = host
         self._data = folder / "data"
         self._log = folder / "log"
         self._port = _free_port()
@@ -66,10 +67,12 @@ class PostgresServer:
         options = ["--username", _USER, "--auth", "trust", "--encoding", "UTF8", "--no-sync"]
         command = [str(self._binaries / "initdb"), "--pgdata", str(self._data), *options]
         subprocess.run(command, check=True, capture_output=True, cwd="/", **_unprivileged())
+        with (self._data / "pg_hba.conf").open("a") as access:
+            access.write("host all all samenet trust\n")
 
     def start(self) -> None:
         """Returns once it answers; after `kill` it recovers first. Raises RuntimeError with its log if it does not."""
-        settings = {"listen_addresses": "127.0.0.1", "port": self._port, "unix_socket_directories": self._folder}
+        settings = {"listen_addresses": self._host, "port": self._port, "unix_socket_directories": self._folder}
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         command = [str(self._binaries / "postgres"), "-D", str(self._data), *options]
         with self._log.open("ab") as log:
@@ -125,7 +128,7 @@ class PostgresServer:
             self._process = None
 
     def _url(self, database: str) -> str:
-        return f"postgresql://{_USER}@127.0.0.1:{self._port}/{database}"
+        return f"postgresql://{_USER}@{self._host}:{self._port}/{database}"
 
 
 def _unprivileged() -> dict[str, Any]:

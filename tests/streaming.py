@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import httpx
@@ -23,9 +24,11 @@ class StreamFailed(AssertionError):
     """The stream ended without `[DONE]`, or with an error event."""
 
 
-async def stream(client: httpx.AsyncClient, **body: Any) -> Streamed:
-    """One streamed completion of one choice."""
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
+async def stream(
+    client: httpx.AsyncClient, on_chunk: Callable[[dict[str, Any]], None] | None = None, **body: Any
+) -> Streamed:
+    """One streamed completion of one choice. `on_chunk` sees each chunk as it comes."""
+    body = {"stream_options": {"include_usage": True}, **body, "stream": True}
     text: list[str] = []
     finish_reason: str | None = None
     tokens = -1
@@ -43,11 +46,13 @@ async def stream(client: httpx.AsyncClient, **body: Any) -> Streamed:
             chunk = json.loads(line.removeprefix("data: "))
             if "error" in chunk:
                 raise StreamFailed(line)
+            if on_chunk is not None:
+                on_chunk(chunk)
             completion_id = chunk["id"]
             for choice in chunk["choices"]:
                 text.append(choice["text"])
                 finish_reason = choice["finish_reason"] or finish_reason
-            if chunk["usage"] is not None:
+            if chunk["usage"] is not None:  # the last of them counts
                 tokens = chunk["usage"]["completion_tokens"]
     if not done:
         raise StreamFailed("the stream ended without [DONE]")

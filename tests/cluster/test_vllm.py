@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from typing import Any
 
 import httpx
 import psutil
@@ -38,7 +39,7 @@ PROMPTS = [
     "E = mc^2 means that",
     "To be, or not to be,",
 ]
-BODY = {"model": MODEL, "temperature": 0, "max_tokens": 32}
+BODY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 32}
 
 
 async def _streams(cluster: RunningCluster, tokens: int) -> list[Streamed]:

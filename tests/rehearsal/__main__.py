@@ -1,0 +1,94 @@
+"""The rehearsal: the rendered RayService on hosts of its own, and what may happen to it.
+
+    python -m tests.rehearsal [--short] [--only b --only e] [--logs FOLDER]
+
+Needs root, for namespaces. Everything that it makes is in namespaces of its own (network, mounts, processes), on a file
+system in memory, so that nothing is left, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from tests.conftest import ROOT
+from tests.rehearsal.cluster import rehearsed_cluster
+from tests.rehearsal.load import Load
+from tests.rehearsal.manifests import rendered
+from tests.rehearsal.network import command
+from tests.rehearsal.scenarios import SCENARIOS, STREAMS, Rehearsal, ledger_audited
+
+_CONFIG = ROOT / "tests" / "rehearsal" / "cluster.yaml"
+_INSIDE = "MILLSTREAM_REHEARSAL_INSIDE"
+_FOLDER = Path("/mnt/rehearsal")
+"""In a mount namespace of its own."""
+_TOKENS = 120
+_SHORT = ("a", "b", "e")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run the rendered RayService on hosts of its own, and break them.")
+    parser.add_argument("--short", action="store_true", help=f"scenarios {', '.join(_SHORT)} only, with less waiting")
+    parser.add_argument("--only", action="append", choices=sorted(SCENARIOS), help="this scenario; may be repeated")
+    parser.add_argument("--logs", type=Path, help="an absent folder that gets the pods' logs")
+    options = parser.parse_args()
+    if _INSIDE not in os.environ:
+        if os.geteuid() != 0:
+            parser.error("needs root: it makes network namespaces")
+        os.environ[_INSIDE] = "1"
+        namespaces = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+        os.execvp("unshare", ["unshare", *namespaces, "--", sys.executable, "-m", "tests.rehearsal", *sys.argv[1:]])
+    # This is the first process of its namespace: with it, all others end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    command("mount", "-t", "tmpfs", "tmpfs", str(_FOLDER.parent))
+    _FOLDER.mkdir()
+    chosen = options.only or (_SHORT if options.short else sorted(SCENARIOS))
+    try:
+        asyncio.run(_rehearse(chosen, short=options.short))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if options.logs is not None:
+            shutil.copytree(_FOLDER / "pods", options.logs, symlinks=True, ignore=_no_logs)
+
+
+async def _rehearse(chosen: list[str] | tuple[str, ...], *, short: bool) -> None:
+    begun = time.monotonic()
+    manifests = rendered(_CONFIG)
+    async with rehearsed_cluster(manifests, _FOLDER) as cluster:
+        _say(begun, f"pods run: {', '.join(cluster.operator.pods)}")
+        await cluster.until_ready()
+        _say(begun, "ready")
+        config = yaml.safe_load(_CONFIG.read_text())
+        load = Load(cluster.client, cluster.gateways, config["models"][0]["name"], _TOKENS)
+        await load.learn()
+        rehearsal = Rehearsal(cluster, load, config, _FOLDER, short)
+        await load.resize(STREAMS)
+        await load.rounds(1)
+        for name in chosen:
+            _say(begun, f"{SCENARIOS[name].__doc__}")
+            _say(begun, f"    {await SCENARIOS[name](rehearsal)}")
+        _say(begun, f"{ledger_audited.__doc__}")
+        _say(begun, f"    {await ledger_audited(rehearsal)}")
+    _say(begun, "all ended")
+
+
+def _say(begun: float, line: str) -> None:
+    print(f"[{time.monotonic() - begun:4.0f} s] {line}", flush=True)
+
+
+def _no_logs(folder: str, names: list[str]) -> list[str]:
+    """Sockets and the containers' views of files."""
+    return [name for name in names if name in ("tmp", "var-lib", "sockets")]
+
+
+if __name__ == "__main__":
+    main()
