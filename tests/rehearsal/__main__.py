@@ -65,10 +65,10 @@ async def _rehearse(chosen: list[str] | tuple[str, ...], *, short: bool) -> None
     manifests = rendered(_CONFIG)
     async with rehearsed_cluster(manifests, _FOLDER) as cluster:
         _say(begun, f"pods run: {', '.join(cluster.operator.pods)}")
-        await cluster.until_ready()
+        await cluster.until_ready(gateways=2)
         _say(begun, "ready")
         config = yaml.safe_load(_CONFIG.read_text())
-        load = Load(cluster.client, cluster.gateways, config["models"][0]["name"], _TOKENS)
+        load = Load(cluster.client, lambda: cluster.gateways, config["models"][0]["name"], _TOKENS)
         await load.learn()
         rehearsal = Rehearsal(cluster, load, config, _FOLDER, short)
         await load.resize(STREAMS)

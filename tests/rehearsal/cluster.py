@@ -79,11 +79,12 @@ class RehearsedCluster:
             return False
         return response.status_code == 200 and all(response.json()["models"].values())
 
-    async def until_ready(self) -> float:
-        """Until all gateways say so of every model; in how many seconds."""
+    async def until_ready(self, gateways: int) -> float:
+        """Until so many gateways, and no others, say so of every model; in how many seconds."""
 
         async def all_ready() -> bool:
-            return all([await self.ready(pod) for pod in self.gateways])
+            ready = await asyncio.gather(*map(self.ready, self.gateways))
+            return all(ready) and len(ready) == gateways
 
         return await eventually(all_ready, _READY_LIMIT_S, every_s=0.5)
 

@@ -34,9 +34,12 @@ class Request:
 
 
 class Load:
-    """A number of clients, each with one stream after the other; the proxies take turns."""
+    """A number of clients, each with one stream after the other."""
 
-    def __init__(self, client: Callable[[Pod], httpx.AsyncClient], pods: list[Pod], model: str, tokens: int) -> None:
+    def __init__(
+        self, client: Callable[[Pod], httpx.AsyncClient], pods: Callable[[], list[Pod]], model: str, tokens: int
+    ) -> None:
+        """`pods` tells those whose proxies take requests now, of which each client has one."""
         source = random.Random(1)
         self._prompts = [" ".join(source.choices(_WORDS, k=source.randint(3, 40))) for _ in range(32)]
         self._client = client
@@ -50,7 +53,7 @@ class Load:
 
     async def learn(self) -> None:
         """What the answers are when nothing happens."""
-        async with self._client(self._pods[0]) as client:
+        async with self._client(self._pods()[0]) as client:
             answers = await asyncio.gather(*(self._stream(client, prompt) for prompt in self._prompts))
         self._right = [answer.text for answer in answers]
 
@@ -59,7 +62,7 @@ class Load:
         while len(self._clients) < clients:
             leaving = asyncio.Event()
             number = len(self._clients)
-            self._clients.append(asyncio.create_task(self._run(number, self._pods[number % len(self._pods)], leaving)))
+            self._clients.append(asyncio.create_task(self._run(number, leaving)))
             self._leaving.append(leaving)
         for leaving in self._leaving[clients:]:
             leaving.set()
@@ -79,11 +82,13 @@ class Load:
         for _ in range(number):
             await self.until_finished(self.open())
 
-    async def _run(self, number: int, pod: Pod, leaving: asyncio.Event) -> None:
+    async def _run(self, number: int, leaving: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
         turn = number
         while not leaving.is_set():
             turn += 1
+            pods = self._pods()
+            pod = pods[number % len(pods)]
             prompt = turn % len(self._prompts)
             request = Request(pod.name, loop.time())
             self.requests.append(request)
