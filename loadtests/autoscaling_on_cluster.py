@@ -62,9 +62,9 @@ class ServeDefaultPoolPolicy(PoolPolicy):
     """
 
     def __init__(
-        self, model: str, home: str, targets: Mapping[str, Any], needs: Mapping[str, float], target_ongoing: float
+        self, model: str, targets: Mapping[str, Any], needs: Mapping[str, float], target_ongoing: float
     ) -> None:
-        super().__init__(model, home, targets, needs)
+        super().__init__(model, targets, needs)
         delay_scale = targets["scale_down_after_s"] / _SERVE_DOWNSCALE_S
         policy = ServeDefaultPolicy(targets["min"], targets["max"], target_ongoing, delay_scale=delay_scale)
         self._decide = policy.decide

@@ -222,11 +222,7 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
                         "autoscaling_config": _autoscaling(
                             ingress_replicas,
                             IngressPolicy,
-                            {
-                                "home": str(home),
-                                "minimum": ingress_replicas.min,
-                                "maximum": ingress_replicas.max,
-                            },
+                            {"minimum": ingress_replicas.min, "maximum": ingress_replicas.max},
                         ),
                         "ray_actor_options": {"num_cpus": config.ingress.resources.cpus},
                         "user_config": {"models": catalog},
@@ -292,12 +288,7 @@ def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
         deployment["autoscaling_config"] = _autoscaling(
             model.replicas,
             PoolPolicy,
-            {
-                "model": model.name,
-                "home": str(home),
-                "targets": model.replicas.model_dump(),
-                "needs": _needs(model.resources),
-            },
+            {"model": model.name, "targets": model.replicas.model_dump(), "needs": _needs(model.resources)},
         )
     # What may change without touching the replicas that run is no part of the arguments.
     arguments = model.model_dump(mode="json", exclude=_NOT_OF_REPLICAS)

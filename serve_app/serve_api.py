@@ -1,4 +1,4 @@
-"""The running Serve controller through Ray's documented REST API: what to run, and what runs.
+"""The running Serve controller through Ray's REST API: what to run, what runs, and why so much of it.
 
 No Ray driver is needed, so the command line answers in a fraction of a second.
 """
@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import httpx
+import msgspec
 
 from deployments.engine.placement import misfit
+from deployments.engine.scaling_board import DECISION_FILES, ShownDecision
 
 __all__ = ["Application", "Replica", "Resources", "ServeApi", "ServeApiError", "unplaced"]
 
 _PATH = "/api/serve/applications/"
+_LOGS_PATH = "/api/v0/logs"
+"""Of Ray's state API, as `ray logs` uses it: names and texts of the files in a node's folder of logs."""
 
 
 class ServeApiError(Exception):
@@ -63,7 +67,7 @@ class Resources(NamedTuple):
 
 class ServeApi:
     def __init__(self, url: str, token: str) -> None:
-        """`url` of Ray's dashboard, on the loopback; `token` is Ray's."""
+        """`url` of Ray's dashboard; `token` is Ray's."""
         self._client = httpx.Client(
             base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30.0, trust_env=False
         )
@@ -92,23 +96,36 @@ class ServeApi:
 
     def applications(self) -> list[Application]:
         with self._errors():
-            response = self._client.get(_PATH)
-            response.raise_for_status()
-            described = response.json()
+            described = self._get(_PATH)
         return [_application(name, fields) for name, fields in described.get("applications", {}).items()]
 
     def resources(self) -> Resources:
         """Those of the nodes."""
         with self._errors():
-            response = self._client.get("/api/cluster_status")
-            response.raise_for_status()
-            by_node = response.json()["data"]["clusterStatus"]["loadMetricsReport"]["usageByNode"]
+            by_node = self._get("/api/cluster_status")["data"]["clusterStatus"]["loadMetricsReport"]["usageByNode"]
         nodes = [{name: total for name, (_, total) in used.items()} for used in by_node.values()]
         free: dict[str, float] = {}
         for used in by_node.values():
             for name, (taken, total) in used.items():
                 free[name] = free.get(name, 0.0) + total - taken
         return Resources(nodes, free)
+
+    def scaling_decisions(self) -> dict[str, ShownDecision]:
+        """The latest word of each scaling policy, by application: of those that still decide."""
+        with self._errors():
+            node_id = self._get(_PATH)["controller_info"]["node_id"]
+            listed = self._get(_LOGS_PATH, node_id=node_id, glob=f"serve/{DECISION_FILES}")["data"]["result"]
+            texts = [
+                self._client.get(f"{_LOGS_PATH}/file", params={"node_id": node_id, "filename": name})
+                for names in listed.values()
+                for name in names
+            ]
+            told = [msgspec.json.decode(text.raise_for_status().content, type=ShownDecision) for text in texts]
+        now = time.time()
+        return {decision.application: decision for decision in told if not decision.is_old(now)}
+
+    def _get(self, path: str, **query: str) -> Any:
+        return self._client.get(path, params=query).raise_for_status().json()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -7,9 +7,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+import msgspec
 import ray
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Counter
@@ -22,7 +22,7 @@ from deployments.engine.autoscaling import (
     ScalingTargets,
 )
 from deployments.engine.placement import misfit
-from deployments.engine.scaling_board import DecisionBoard, ShownDecision, demand_of
+from deployments.engine.scaling_board import DecisionBoard, ShownDecision, demand_of, log_folder
 
 __all__ = ["DecisionLog", "PacedPolicy", "PoolPolicy", "latest_values"]
 
@@ -49,10 +49,11 @@ def latest_values(ctx: AutoscalingContext) -> list[dict[str, float]]:
 class DecisionLog:
     """Tells of decisions: in the log and a counter when the number changes, and on the board."""
 
-    def __init__(self, application: str, home: Path) -> None:
+    def __init__(self, application: str) -> None:
         self._application = application
-        self._board = DecisionBoard(home)
-        self._shown = ShownDecision(0, "")
+        folder = log_folder()
+        self._board = None if folder is None else DecisionBoard(folder)
+        self._shown = ShownDecision(application, 0, "", 0.0)
         self._shown_at = -math.inf
         self._changes = Counter(
             "millstream_scaling_decisions",
@@ -66,21 +67,24 @@ class DecisionLog:
             direction = "up" if decision.replicas > target else "down"
             self._changes.inc(tags={"application": self._application, "direction": direction})
             _log.info("Scaling %s from %d to %d: %s", self._application, target, decision.replicas, decision.reason)
-            shown = ShownDecision(decision.replicas, decision.reason, now, target, decision.reason)
+            shown = ShownDecision(
+                self._application, decision.replicas, decision.reason, now, now, target, decision.reason
+            )
         elif now - self._shown_at >= _SHOW_AGAIN_S:
-            old = self._shown
-            shown = ShownDecision(decision.replicas, decision.reason, old.changed_at, old.changed_from, old.changed_for)
+            shown = msgspec.structs.replace(
+                self._shown, replicas=decision.replicas, reason=decision.reason, shown_at=now
+            )
         else:
             return
         self._shown, self._shown_at = shown, now
-        self._board.show(self._application, shown)
+        if self._board is not None:
+            self._board.show(shown)
 
 
 class PacedPolicy(ABC):
     """A policy that decides twice a second, and tells of it, however often Serve asks."""
 
-    def __init__(self, home: str) -> None:
-        self._home = Path(home)
+    def __init__(self) -> None:
         self._log: DecisionLog | None = None
         self._decided_at = -math.inf
 
@@ -94,7 +98,7 @@ class PacedPolicy(ABC):
         if decision is None:
             return target, {}
         if self._log is None:
-            self._log = DecisionLog(ctx.app_name, self._home)
+            self._log = DecisionLog(ctx.app_name)
         self._log.tell(ctx.current_time, target, decision)
         return decision.replicas, {}
 
@@ -106,9 +110,9 @@ class PacedPolicy(ABC):
 class PoolPolicy(PacedPolicy):
     """For `autoscaling_config.policy` of a deployment Engine."""
 
-    def __init__(self, model: str, home: str, targets: Mapping[str, Any], needs: Mapping[str, float]) -> None:
+    def __init__(self, model: str, targets: Mapping[str, Any], needs: Mapping[str, float]) -> None:
         """`needs`: what a replica reserves, by Ray's name of the resource."""
-        super().__init__(home)
+        super().__init__()
         self._model = model
         self._needs = needs
         self._complete_at = self._placed_at = -math.inf

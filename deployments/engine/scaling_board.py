@@ -7,16 +7,20 @@ pickles those by value: their globals would be copies, those of an imported modu
 
 from __future__ import annotations
 
+import logging
 import os
-import time
 from collections.abc import Mapping
+from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from deployments.ingress.demand import ModelDemand
 
-__all__ = ["DecisionBoard", "ShownDecision", "demand_of", "report_demands"]
+__all__ = ["DECISION_FILES", "DecisionBoard", "ShownDecision", "demand_of", "log_folder", "report_demands"]
+
+DECISION_FILES: Final = "scaling-*.json"
 
 _STALE_S = 10.0
 _demands: dict[str, tuple[float, ModelDemand]] = {}
@@ -36,34 +40,40 @@ def demand_of(model: str, now: float) -> ModelDemand:
 class ShownDecision(msgspec.Struct, frozen=True):
     """The latest word on the number of one deployment's replicas."""
 
+    application: str
     replicas: int
     reason: str
+    shown_at: float
+    """Unix time in seconds."""
     changed_at: float | None = None
     """Unix time in seconds at which the number last changed; None if it has not since the controller began."""
     changed_from: int | None = None
     changed_for: str | None = None
     """The reason of then."""
 
+    def is_old(self, now: float) -> bool:
+        """Whether nobody decides any more: the number is fixed, or the controller is gone."""
+        return now - self.shown_at > _STALE_S
+
 
 class DecisionBoard:
-    """Decisions as files of the head node, one per application, for `millstream status`."""
+    """Decisions as files beside the logs of Serve's controller, one per application, for `millstream status`: Ray's
+    dashboard hands out what is there, wherever the head node is (serve_app/serve_api.py)."""
 
-    def __init__(self, home: Path) -> None:
-        self._folder = home / "run" / "autoscaling"
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
-    def show(self, application: str, decision: ShownDecision) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / f"{application}.json"
+    def show(self, decision: ShownDecision) -> None:
+        file = self._folder / DECISION_FILES.replace("*", decision.application)
         new = file.with_suffix(".new")
         new.write_bytes(msgspec.json.encode(decision))
         os.replace(new, file)
 
-    def read(self, application: str) -> ShownDecision | None:
-        """None while nothing is decided, as for a fixed number of replicas, or by nobody."""
-        file = self._folder / f"{application}.json"
-        try:
-            if time.time() - file.stat().st_mtime > _STALE_S:
-                return None
-            return msgspec.json.decode(file.read_bytes(), type=ShownDecision)
-        except FileNotFoundError:
-            return None
+
+def log_folder() -> Path | None:
+    """Where Serve logs in this process; None where it does not, as outside of Ray."""
+    for handler in logging.getLogger("ray.serve").handlers:
+        target = handler.target if isinstance(handler, MemoryHandler) else handler
+        if isinstance(target, logging.FileHandler):
+            return Path(target.baseFilename).parent
+    return None

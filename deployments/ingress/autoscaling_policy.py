@@ -35,8 +35,8 @@ def wanted_ingresses(replicas: int, open_requests: float, lag_s: float) -> Wante
 class IngressPolicy(PacedPolicy):
     """For `autoscaling_config.policy` of the deployment Ingress; also hands on what its replicas say of the models."""
 
-    def __init__(self, home: str, minimum: int, maximum: int) -> None:
-        super().__init__(home)
+    def __init__(self, minimum: int, maximum: int) -> None:
+        super().__init__()
         self._scaler = ReplicaScaler(minimum, maximum, _DOWN_AFTER_S)
 
     def _decision(self, now: float, ctx: AutoscalingContext) -> Decision | None:

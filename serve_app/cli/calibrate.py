@@ -14,7 +14,7 @@ from deployments.meter.keys import ensure_admin_key
 from serve_app.cli.database import InputError, told_in_a_line
 from serve_app.cluster_api import ClusterApi, ClusterApiError
 from serve_app.config import millstream_home
-from serve_app.ray_node import RayNode
+from serve_app.running_cluster import find_cluster
 
 __all__ = ["calibrate"]
 
@@ -31,16 +31,14 @@ def calibrate(
 ) -> None:
     """Measure the engine of a running model, which should be idle, and print it as a simulated engine in YAML.
 
-    It sends requests of its own to the cluster under MILLSTREAM_HOME, for up to a few minutes.
+    It sends requests of its own, for up to a few minutes.
     """
     from serve_app.calibration.measurement import CalibrationError, Measurement
 
     with told_in_a_line():
         home = millstream_home(os.environ)
-        node = RayNode.running(home)
-        if node is None:
-            raise InputError(f"No cluster runs under {home}. Start one with: millstream up cluster.yaml")
-        with closing(ClusterApi(node.http_url, ensure_admin_key(home))) as api:
+        cluster = find_cluster(home, os.environ)
+        with closing(ClusterApi(cluster.http_url, ensure_admin_key(home))) as api:
             try:
                 measurement = Measurement(api, _model(api, model), report=lambda line: typer.echo(line, err=True))
                 measured = measurement.run(max_sequences=max_sequences, prompt_tokens=prompt_tokens)

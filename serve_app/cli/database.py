@@ -15,6 +15,7 @@ import typer
 
 from deployments.meter.errors import MeterError
 from serve_app.config import ConfigError, load_cluster_config, millstream_home
+from serve_app.running_cluster import ClusterNotFound, database_of_cluster
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -28,7 +29,7 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="Use the database of this cluster.yaml, instead of that of the cluster that was started last.",
+        help="Use the database of this cluster.yaml, instead of that of the pod's cluster or the one started last.",
     ),
 ]
 
@@ -38,18 +39,10 @@ class InputError(Exception):
 
 
 def database_url(config: Path | None) -> str:
-    """`meter.database` of `config`; else what the last `millstream up` recorded, or its default.
-
-    Raises ConfigError.
-    """
+    """`meter.database` of `config`; else of the cluster that commands speak of. Raises ConfigError, ClusterNotFound."""
     home = millstream_home(os.environ)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if config is not None:
-        return load_cluster_config(config).meter.database
-    try:
-        return (home / "run" / "database").read_text("utf-8").strip()
-    except FileNotFoundError:
-        return f"sqlite:///{home}/ledger.db"
+    return database_of_cluster(home, os.environ) if config is None else load_cluster_config(config).meter.database
 
 
 @contextmanager
@@ -90,6 +83,6 @@ def told_in_a_line() -> Iterator[None]:
     except ConfigError as error:
         typer.echo(error, err=True)  # a line per problem
         raise typer.Exit(1) from None
-    except (InputError, MeterError, OSError) as error:
+    except (ClusterNotFound, InputError, MeterError, OSError) as error:
         typer.echo(" ".join(str(error).split()), err=True)
         raise typer.Exit(1) from None

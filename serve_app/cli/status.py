@@ -14,11 +14,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deployments.engine.scaling_board import DecisionBoard
+from deployments.engine.scaling_board import ShownDecision
 from deployments.meter.keys import ensure_admin_key
+from serve_app.cli.database import InputError, told_in_a_line
 from serve_app.cluster_api import ClusterApi, ClusterApiError
 from serve_app.config import millstream_home
-from serve_app.ray_node import RayNode
+from serve_app.running_cluster import RunningCluster, find_cluster
 from serve_app.serve_api import ServeApi, ServeApiError, unplaced
 
 __all__ = ["status"]
@@ -31,27 +32,24 @@ def status(
     from serve_app.applications import ROOT  # imports Ray, which the other commands start without
 
     home = millstream_home(os.environ)
-    node = RayNode.running(home)
-    if node is None:
-        typer.echo(f"No cluster runs under {home}. Start one with: millstream up cluster.yaml", err=True)
-        raise typer.Exit(1)
-    try:
-        api = ServeApi(node.dashboard_url, node.token)
-        applications, resources = api.applications(), api.resources()
-    except ServeApiError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
-    loads = _loads(node, ensure_admin_key(home))
-    board = DecisionBoard(home)
+    with told_in_a_line():
+        cluster = find_cluster(home, os.environ)
+        with closing(ServeApi(cluster.dashboard_url, cluster.token)) as api:
+            try:
+                applications, resources = api.applications(), api.resources()
+            except ServeApiError as error:
+                raise InputError(str(error)) from error
+            decisions = _decisions(api)
+        loads = _loads(cluster, ensure_admin_key(home))
     described = {
-        "cluster": node.name,
-        "url": f"http://{node.http_host}:{node.http_port}/v1",
+        "cluster": cluster.name,
+        "url": f"{cluster.clients_url}/v1",
         "applications": [
             {
                 "name": application.name,
                 "status": application.status,
                 "messages": [*application.reasons, *unplaced(application, resources)],
-                "scaling": None if (shown := board.read(application.name)) is None else msgspec.to_builtins(shown),
+                "scaling": msgspec.to_builtins(decisions.get(application.name)),
                 "deployments": [
                     {
                         "name": deployment,
@@ -80,9 +78,18 @@ def status(
         _show(described)
 
 
-def _loads(node: RayNode, key: str) -> dict[str, dict[str, Any]]:
+def _decisions(api: ServeApi) -> dict[str, ShownDecision]:
+    """By application; empty while they cannot be read."""
+    try:
+        return api.scaling_decisions()
+    except ServeApiError as error:
+        typer.echo(f"warning: no scaling decisions to show: {error}", err=True)
+        return {}
+
+
+def _loads(cluster: RunningCluster, key: str) -> dict[str, dict[str, Any]]:
     """Load of each engine replica as an ingress sees it; empty while none answers."""
-    with closing(ClusterApi(node.http_url, key, timeout_s=5.0)) as api:
+    with closing(ClusterApi(cluster.http_url, key, timeout_s=5.0)) as api:
         try:
             return {replica["id"]: replica for replica in api.replicas()}
         except ClusterApiError as error:

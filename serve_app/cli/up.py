@@ -18,9 +18,11 @@ import typer
 
 from deployments.meter.errors import AdminKeyError
 from deployments.meter.keys import ensure_admin_key
+from serve_app.cli.database import told_in_a_line
 from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
 from serve_app.model_source import ModelSourceError, prepare_model
 from serve_app.ray_node import RayNode, RayNodeError, processes_of, write_secret
+from serve_app.running_cluster import check_not_in_a_pod
 from serve_app.serve_api import Application, ServeApi, ServeApiError, unplaced
 
 __all__ = ["up"]
@@ -47,6 +49,8 @@ def up(
     """
     from serve_app.applications import serve_config  # imports Ray, which the other commands start without
 
+    with told_in_a_line():
+        check_not_in_a_pod(os.environ)
     try:
         config = load_cluster_config(file)
         if port is not None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from serve_app.config import ClusterConfig, KubernetesSecrets
 from serve_app.kubernetes.groups import WorkerGroup
 from serve_app.ray_node import client_timeout_s, serve_environment
+from serve_app.running_cluster import DASHBOARD_PORT, POD_CLUSTER, POD_DATABASE, POD_HTTP_PORT
 
 __all__ = [
     "AUTOSCALER_ACCOUNT_MOUNT",
@@ -32,7 +33,7 @@ HOME: Final = Path("/var/lib/millstream")
 GROUP_LABEL: Final = "millstream-group"
 """Label of pods and of Ray's nodes, by which Ray places replicas, Services and policies choose pods."""
 INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
-PORTS: Final = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080, "agent": 52365}
+PORTS: Final = {"gcs-server": 6379, "dashboard": DASHBOARD_PORT, "metrics": 8080, "agent": 52365}
 """Of each pod's Ray processes, the first two of the head's only; KubeRay's defaults."""
 
 CONTAINER_SECURITY: Final = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
@@ -175,6 +176,7 @@ def _environment(config: ClusterConfig) -> list[dict[str, Any]]:
     """Of all pods alike: Serve's controller, on the head, and the proxies must agree."""
     variables = {
         "MILLSTREAM_HOME": str(HOME),
+        POD_CLUSTER: config.cluster.name,
         **serve_environment(config.cluster.proxy, client_timeout_s(config), config.longest_drain_s),
         # Serve's answers from a replica that starts are larger than what Ray sends without its object store, and a node
         # that holds an object is never idle: it would not be given back, nor end before its time when it drains.
@@ -197,6 +199,8 @@ def _own_environment(config: ClusterConfig, group: WorkerGroup) -> list[dict[str
                 "valueFrom": secret_reference(config, "database", "url"),
             },
             {"name": "MILLSTREAM_ADMIN_KEY", "valueFrom": secret_reference(config, "admin_key", "key")},
+            {"name": POD_DATABASE, "value": config.meter.database},  # what `millstream` needs in this pod
+            {"name": POD_HTTP_PORT, "value": str(config.cluster.http.port)},
         ]
     if group.kind == "engine":
         return [

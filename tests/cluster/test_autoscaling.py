@@ -9,7 +9,7 @@ import asyncio
 import random
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.engine.scaling_board import DecisionBoard
+from serve_app.running_cluster import find_cluster
+from serve_app.serve_api import ServeApi
 from tests.conftest import ROOT, THOROUGH, RunningCluster, eventually, new_home, start_cluster
 from tests.streaming import Streamed, complete, stream
 
@@ -83,7 +84,9 @@ def apply(cluster: RunningCluster, file: Path) -> None:
 
 
 def decided(cluster: RunningCluster, name: str) -> int | None:
-    shown = DecisionBoard(cluster.home).read(f"model-{name}")
+    found = find_cluster(cluster.home, {})
+    with closing(ServeApi(found.dashboard_url, found.token)) as api:
+        shown = api.scaling_decisions().get(f"model-{name}")
     return None if shown is None else shown.replicas
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from serve_app.cli import app
 from serve_app.planning.model_pool import read_engine
-from serve_app.ray_node import RayNode
+from serve_app.running_cluster import RunningCluster
 from tests.serve_app.calibration.synthetic_cluster import SyntheticCluster
 
 
@@ -19,8 +18,9 @@ from tests.serve_app.calibration.synthetic_cluster import SyntheticCluster
 def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SyntheticCluster:
     cluster = SyntheticCluster(2, models=("a", "b"))
     monkeypatch.setenv("MILLSTREAM_HOME", str(tmp_path))
-    monkeypatch.setattr(RayNode, "running", lambda _: SimpleNamespace(http_url="http://c"))
     command = import_module("serve_app.cli.calibrate")  # as an attribute of the package it is the function
+    found = RunningCluster("c", "http://c", "http://c", "http://d", "token")
+    monkeypatch.setattr(command, "find_cluster", lambda *_: found)
     monkeypatch.setattr(command, "ClusterApi", lambda _url, _key: cluster)
     return cluster
 

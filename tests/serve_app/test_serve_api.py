@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 import traceback
 
 import httpx
+import msgspec
 import pytest
 
+from deployments.engine.scaling_board import ShownDecision
 from serve_app.serve_api import Application, Replica, ServeApi, ServeApiError
 
 
@@ -123,6 +126,36 @@ def test_a_configuration_is_put_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     seen: list[httpx.Request] = []
     api(monkeypatch, httpx.Response(200), seen).apply({"applications": []})
     assert (seen[0].method, json.loads(seen[0].content)) == ("PUT", {"applications": []})
+
+
+def test_decisions_that_are_still_made_are_read_from_the_controllers_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    decisions = {
+        "serve/scaling-gateway.json": ShownDecision("gateway", 1, "no load", now),
+        "serve/scaling-model-a.json": ShownDecision("model-a", 3, "prefill", now, now - 9, 2, "queue"),
+        "serve/scaling-model-b.json": ShownDecision("model-b", 3, "prefill", now - 20),
+    }
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        assert request.headers["authorization"] == "Bearer token"
+        query = request.url.params
+        if request.url.path == "/api/serve/applications/":
+            return httpx.Response(200, json={"controller_info": {"node_id": "head"}})
+        assert query["node_id"] == "head"
+        if request.url.path == "/api/v0/logs":
+            assert query["glob"] == "serve/scaling-*.json"
+            return httpx.Response(200, json={"data": {"result": {"internal": list(decisions)}}})
+        assert request.url.path == "/api/v0/logs/file"
+        return httpx.Response(200, content=msgspec.json.encode(decisions[query["filename"]]))
+
+    client = httpx.Client
+
+    def connect(**options: object) -> httpx.Client:
+        return client(transport=httpx.MockTransport(handle), **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("serve_app.serve_api.httpx.Client", connect)
+    told = ServeApi("http://127.0.0.1:8265", "token").scaling_decisions()
+    assert told == {decision.application: decision for decision in list(decisions.values())[:2]}
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from ray.serve._private.common import TimeStampedValue
 from ray.serve.config import AutoscalingContext, AutoscalingPolicy
 
 from deployments.engine.autoscaling import ReplicaSignals
 from deployments.engine.autoscaling_policy import PoolPolicy
-from deployments.engine.scaling_board import DecisionBoard, demand_of, report_demands
+from deployments.engine.scaling_board import ShownDecision, demand_of, report_demands
 from deployments.ingress.autoscaling_policy import IngressPolicy, wanted_ingresses
 from deployments.ingress.demand import ModelDemand, demand_values
 
@@ -47,6 +50,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seconds = [100.0]
     monkeypatch.setattr("deployments.engine.autoscaling_policy.time.monotonic", lambda: seconds[0])
     return seconds
+
+
+@pytest.fixture(autouse=True)
+def log_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Of Serve's controller."""
+    handler = logging.FileHandler(tmp_path / "controller.log")
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "handlers", [handler])
+    yield tmp_path
+    handler.close()
+
+
+def shown_in(folder: Path) -> ShownDecision:
+    """The latest word on model-m."""
+    return msgspec.json.decode((folder / "scaling-model-m.json").read_bytes(), type=ShownDecision)
 
 
 def context(
@@ -87,21 +104,20 @@ def context(
     )
 
 
-def policy(home: Path, **needs: float) -> PoolPolicy:
-    return PoolPolicy("policy-m", str(home), TARGETS, needs)
+def policy(**needs: float) -> PoolPolicy:
+    return PoolPolicy("policy-m", TARGETS, needs)
 
 
-def test_the_latest_report_of_each_replica_decides(tmp_path: Path, clock: list[float]) -> None:
-    decided, _ = policy(tmp_path)(context(1, [BUSY._asdict()]))
+def test_the_latest_report_of_each_replica_decides(log_folder: Path, clock: list[float]) -> None:
+    decided, _ = policy()(context(1, [BUSY._asdict()]))
     assert decided == 2
-    shown = DecisionBoard(tmp_path).read("model-m")
-    assert shown is not None
+    shown = shown_in(log_folder)
     assert (shown.replicas, shown.changed_from) == (2, 1)
     assert "batch" in (shown.changed_for or "")
 
 
-def test_between_two_decisions_the_number_stays(tmp_path: Path, clock: list[float]) -> None:
-    each = policy(tmp_path)
+def test_between_two_decisions_the_number_stays(clock: list[float]) -> None:
+    each = policy()
     assert each(context(1, [BUSY._asdict()]))[0] == 2
     clock[0] += 0.4
     assert each(context(2, [BUSY._replace(running=300)._asdict()]))[0] == 2
@@ -110,19 +126,17 @@ def test_between_two_decisions_the_number_stays(tmp_path: Path, clock: list[floa
 
 
 @pytest.mark.parametrize("age_s", [11.0, 3600.0])
-def test_without_fresh_reports_of_replicas_that_run_nothing_changes(
-    tmp_path: Path, clock: list[float], age_s: float
-) -> None:
-    assert policy(tmp_path)(context(3, [BUSY._asdict()], age_s=age_s))[0] == 3
-    assert policy(tmp_path)(context(3, [], running=3))[0] == 3
-    assert policy(tmp_path)(context(3, [{"running": 5.0}]))[0] == 3  # a replica of another version
+def test_without_fresh_reports_of_replicas_that_run_nothing_changes(clock: list[float], age_s: float) -> None:
+    assert policy()(context(3, [BUSY._asdict()], age_s=age_s))[0] == 3
+    assert policy()(context(3, [], running=3))[0] == 3
+    assert policy()(context(3, [{"running": 5.0}]))[0] == 3  # a replica of another version
 
 
-def test_a_pool_at_zero_hears_of_held_requests_through_the_ingress(tmp_path: Path, clock: list[float]) -> None:
-    each = policy(tmp_path)
+def test_a_pool_at_zero_hears_of_held_requests_through_the_ingress(clock: list[float]) -> None:
+    each = policy()
     report_demands(NOW, {"policy-m": ModelDemand()})
     assert each(context(0, []))[0] == 0
-    ingress = IngressPolicy(str(tmp_path), 1, 4)
+    ingress = IngressPolicy(1, 4)
     ingress(context(1, [demand_values({"policy-m": ModelDemand(held=2, held_tokens=20)}, 0.0)]))
     assert demand_of("policy-m", NOW).held == 2
     clock[0] += 1
@@ -130,34 +144,31 @@ def test_a_pool_at_zero_hears_of_held_requests_through_the_ingress(tmp_path: Pat
 
 
 def test_replicas_that_do_not_come_for_want_of_a_place_are_told(
-    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+    log_folder: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
     monkeypatch.setattr("deployments.engine.autoscaling_policy.ray.nodes", lambda: nodes)
-    each = policy(tmp_path, GPU=1.0)
+    each = policy(GPU=1.0)
     report_demands(NOW, {"policy-m": ModelDemand(held=1)})
     each(context(1, []))
     clock[0] += 3
     assert each(context(1, []))[0] == 1
-    shown = DecisionBoard(tmp_path).read("model-m")
-    assert shown is not None
+    shown = shown_in(log_folder)
     assert shown.reason.endswith("1 of 1 replicas are not up: it needs 1 GPU on one node, and the nodes have 0 GPU")
-    crowded = policy(tmp_path, CPU=4.0)
+    crowded = policy(CPU=4.0)
     crowded(context(2, [], running=0))
-    shown = DecisionBoard(tmp_path).read("model-m")
-    assert shown is not None
+    shown = shown_in(log_folder)
     assert "not up" not in shown.reason  # both fit, and may be starting
-    policy(tmp_path, CPU=4.0)(context(3, [], running=0))
-    shown = DecisionBoard(tmp_path).read("model-m")
-    assert shown is not None
+    policy(CPU=4.0)(context(3, [], running=0))
+    shown = shown_in(log_folder)
     assert shown.reason.endswith("3 of 3 replicas are not up: it needs 4 CPU, and 0 CPU is free in the cluster")
 
 
-def test_serve_makes_the_policies_from_their_names(tmp_path: Path) -> None:
+def test_serve_makes_the_policies_from_their_names() -> None:
     """As from a deployment's configuration: pickled by Serve, made with the arguments."""
     described = AutoscalingPolicy(
         policy_function="deployments.engine.autoscaling_policy:PoolPolicy",
-        policy_kwargs={"model": "policy-m", "home": str(tmp_path), "targets": TARGETS, "needs": {}},
+        policy_kwargs={"model": "policy-m", "targets": TARGETS, "needs": {}},
     )
     made = described.get_policy()(**described.policy_kwargs)
     report_demands(NOW, {"policy-m": ModelDemand(held=1)})
@@ -177,8 +188,8 @@ def test_ingresses_follow_open_requests_and_lag(
     assert wanted_ingresses(replicas, open_requests, lag_s).replicas == pytest.approx(expected)
 
 
-def test_an_ingress_is_added_for_open_requests(tmp_path: Path, clock: list[float]) -> None:
-    each = IngressPolicy(str(tmp_path), 1, 4)
+def test_an_ingress_is_added_for_open_requests(clock: list[float]) -> None:
+    each = IngressPolicy(1, 4)
     assert each(context(1, [demand_values({}, 0.0)], requests=600.0))[0] == 3
     clock[0] += 1
     assert each(context(3, [], running=3, requests=600.0))[0] == 3  # none has reported yet

@@ -23,6 +23,7 @@ from ray.serve.schema import ServeDeploySchema
 from serve_app.config import ClusterConfig, load_cluster_config
 from serve_app.kubernetes import as_stream, check_for_kubernetes, render_folder
 from serve_app.kubernetes.yaml_text import yaml_text
+from serve_app.running_cluster import ClusterNotFound, RunningCluster, database_of_cluster, find_cluster
 from tests.serve_app.kubernetes.clusters import cluster, model
 from tests.serve_app.kubernetes.crd_schema import strict_schema
 
@@ -387,6 +388,32 @@ def test_secrets_are_named_and_go_to_the_pods_that_need_them_only() -> None:
     }
     assert variables(templates(CONFIGS["full"])["meter"])["LEDGER"]["secretKeyRef"]["key"] == "url"
     assert ray_cluster(CONFIGS["full"])["authOptions"] == {"mode": "token", "secretName": "full-ray-token"}
+
+
+def test_the_command_line_finds_the_cluster_in_the_meters_pod_alone(config: ClusterConfig, tmp_path: Path) -> None:
+    head = "cluster-head-svc.default.svc.cluster.local"
+    for group, template in templates(config).items():
+        ports = {each["name"]: each["containerPort"] for each in template["spec"]["containers"][0]["ports"]}
+        # As KubeRay adds to it: ray-operator/controllers/ray/common/pod.go, setContainerEnvVars.
+        environment = (
+            variables(template) | {"RAY_AUTH_TOKEN": "token"} | ({} if group == "head" else {"FQ_RAY_IP": head})
+        )
+        if group != "meter":
+            for find in (find_cluster, database_of_cluster):
+                with pytest.raises(ClusterNotFound, match=f"instance={config.cluster.name},millstream-group=meter"):
+                    find(tmp_path, environment)
+            continue
+        found = find_cluster(tmp_path, environment)
+        assert found == RunningCluster(
+            name=config.cluster.name,
+            clients_url=f"http://{config.cluster.name}",
+            http_url=f"http://127.0.0.1:{ports['serve']}",
+            dashboard_url=f"http://{head}:8265",
+            token="token",
+        )
+        database = database_of_cluster(tmp_path, environment)
+        assert database == config.meter.database
+        assert environment[database.removeprefix("env://")]["secretKeyRef"]["key"] == "url"
 
 
 def test_from_elsewhere_clients_reach_serve_and_nobody_but_the_operator_the_dashboard(config: ClusterConfig) -> None:
