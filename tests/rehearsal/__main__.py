@@ -24,7 +24,7 @@ from tests.rehearsal.cluster import rehearsed_cluster
 from tests.rehearsal.load import Load
 from tests.rehearsal.manifests import rendered
 from tests.rehearsal.network import command
-from tests.rehearsal.scenarios import SCENARIOS, STREAMS, Rehearsal, ledger_audited
+from tests.rehearsal.scenarios import SCENARIOS, STREAMS, Rehearsal, Violated, ledger_audited
 
 _CONFIG = ROOT / "tests" / "rehearsal" / "cluster.yaml"
 _INSIDE = "MILLSTREAM_REHEARSAL_INSIDE"
@@ -53,7 +53,10 @@ def main() -> None:
     chosen = options.only or (_SHORT if options.short else sorted(SCENARIOS))
     try:
         asyncio.run(_rehearse(chosen, short=options.short))
-    except KeyboardInterrupt:
+    except* Violated as violations:
+        print(*violations.exceptions, sep="\n", file=sys.stderr)
+        sys.exit(1)
+    except* KeyboardInterrupt:
         sys.exit(130)
     finally:
         if options.logs is not None:
@@ -72,12 +75,12 @@ async def _rehearse(chosen: list[str] | tuple[str, ...], *, short: bool) -> None
         await load.learn()
         rehearsal = Rehearsal(cluster, load, config, _FOLDER, short)
         await load.resize(STREAMS)
-        await load.rounds(1)
-        for name in chosen:
-            _say(begun, f"{SCENARIOS[name].__doc__}")
-            _say(begun, f"    {await SCENARIOS[name](rehearsal)}")
-        _say(begun, f"{ledger_audited.__doc__}")
-        _say(begun, f"    {await ledger_audited(rehearsal)}")
+        try:
+            for scenario in (*(SCENARIOS[name] for name in chosen), ledger_audited):
+                _say(begun, f"{scenario.__doc__}")
+                _say(begun, f"    {await scenario(rehearsal)}")
+        finally:
+            await load.stop()
     _say(begun, "all ended")
 
 

@@ -55,11 +55,12 @@ class RehearsedCluster:
         return pod
 
     def client(self, pod: Pod) -> httpx.AsyncClient:
-        """Of the pod's proxy. Connections are not kept: each request finds out for itself whether the host is there."""
+        """Of the pod's proxy. It gives up streams that are silent for longer than comments keep them open, and keeps no
+        connection: each request finds out for itself whether the host is there."""
         return httpx.AsyncClient(
             base_url=f"http://{pod.address}:{SERVE_PORT}",
             headers={"Authorization": f"Bearer {self.key}", "Connection": "close"},
-            timeout=httpx.Timeout(120.0, connect=5.0),
+            timeout=httpx.Timeout(20.0, connect=5.0),
             trust_env=False,
             verify=False,
         )

@@ -45,7 +45,7 @@ class Load:
         self._client = client
         self._pods = pods
         self._model = model
-        self._tokens = tokens
+        self.tokens = tokens
         self._right: list[str] = []
         self._clients: list[asyncio.Task[None]] = []
         self._leaving: list[asyncio.Event] = []
@@ -69,8 +69,23 @@ class Load:
         await asyncio.gather(*self._clients[clients:])
         del self._clients[clients:], self._leaving[clients:]
 
+    async def stop(self) -> None:
+        """At once; streams that are open break."""
+        for client in self._clients:
+            client.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+
     def open(self) -> list[Request]:
         return [request for request in self.requests if request.ended is None]
+
+    async def streaming(self) -> list[Request]:
+        """The open ones, once most are in the middle of their streams."""
+        async with asyncio.timeout(60.0):
+            while True:
+                begun = [request for request in self.open() if 0.1 < request.received_tokens / self.tokens < 0.8]
+                if len(begun) > 0.8 * len(self._clients):
+                    return begun
+                await asyncio.sleep(0.02)
 
     async def until_finished(self, requests: list[Request], limit_s: float = 180.0) -> None:
         async with asyncio.timeout(limit_s):
@@ -95,7 +110,7 @@ class Load:
             try:
                 async with self._client(pod) as client:
                     answer = await self._stream(client, self._prompts[prompt], request)
-                if (answer.text, answer.completion_tokens) != (self._right[prompt], self._tokens):
+                if (answer.text, answer.completion_tokens) != (self._right[prompt], self.tokens):
                     request.error = f"wrong answer: {answer}"
             except (httpx.HTTPError, StreamFailed) as error:
                 request.error = f"{type(error).__name__}: {error}"
@@ -114,7 +129,7 @@ class Load:
             arrived,
             model=self._model,
             prompt=prompt,
-            max_tokens=self._tokens,
+            max_tokens=self.tokens,
             temperature=0,
             ignore_eos=True,
             stream_options={"include_usage": True, "continuous_usage_stats": True},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -85,13 +86,9 @@ class Rehearsal:
 
         return await eventually(there, _CHANGE_LIMIT_S, every_s=0.2)
 
-    def failed_since(self, begun: float, *, but_of: Pod | None = None) -> int:
+    def failed_since(self, begun: float) -> int:
         """Checks that no request that was open then, or began later, failed; how many there were."""
-        seen = [
-            request
-            for request in self.load.requests
-            if (request.ended is None or request.ended > begun) and (but_of is None or request.pod != but_of.name)
-        ]
+        seen = [request for request in self.load.requests if request.ended is None or request.ended > begun]
         failed = [request for request in seen if request.error is not None]
         if failed:
             raise Violated(f"{len(failed)} of {len(seen)} requests failed: " + "; ".join(map(str, failed[:3])))
@@ -108,6 +105,22 @@ class Rehearsal:
         finally:
             database.dispose()
 
+    def checked_rows(self, requests: list[Request]) -> dict[str, int]:
+        """The same, of which none has fewer tokens than its client received, nor more than it asked for."""
+        rows = self.rows(requests)
+        for request in requests:
+            if not request.received_tokens <= rows[request.completion_id] <= self.load.tokens:
+                raise Violated(f"{request} has {rows[request.completion_id]} tokens in the ledger")
+        return rows
+
+
+def completions_logged(gateway: Pod) -> set[str]:
+    """Those that the ingress of this pod has relayed to their end, by its log."""
+    found: set[str] = set()
+    for log in gateway.logs.glob("ray/session_2*/logs/serve/replica_gateway_Ingress_*.log"):
+        found |= set(re.findall(r'"completion": "(cmpl-[^"]+)"', log.read_text()))
+    return found
+
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
@@ -117,7 +130,8 @@ async def head_killed(rehearsal: Rehearsal) -> str:
     """(a) The head's processes are killed and start again 30 s later."""
     down_s = 10.0 if rehearsal.short else 30.0
     before = await rehearsal.running()
-    begun, open_then = _now(), rehearsal.load.open()
+    open_then = await rehearsal.load.streaming()
+    begun = _now()
     async with rehearsal.cluster.operator.held_down(rehearsal.cluster.head):
         await asyncio.sleep(down_s)
     back = time.monotonic()
@@ -140,7 +154,8 @@ async def engine_host_cut_off(rehearsal: Rehearsal) -> str:
     """(b) The link of an engine's host goes down."""
     cluster = rehearsal.cluster
     host = cluster.operator.of_group(_ENGINES)[0]
-    begun, open_then = _now(), rehearsal.load.open()
+    open_then = await rehearsal.load.streaming()
+    begun = _now()
     cluster.network.cut(host.address)
     noticed_s = await rehearsal.until_in_rotation(1)
     await rehearsal.load.rounds(2)
@@ -157,44 +172,44 @@ async def engine_host_cut_off(rehearsal: Rehearsal) -> str:
 
 
 async def gateway_cut_off(rehearsal: Rehearsal) -> str:
-    """(c) The link of one of two ingresses' hosts goes down: its connections break, the others' do not."""
+    """(c) The link of one of two ingresses' hosts goes down: what it relays breaks, everything else goes on."""
     cluster = rehearsal.cluster
-    host = cluster.gateways[1]
+    host, other = cluster.gateways[1], cluster.gateways[0]
+    open_then = await rehearsal.load.streaming()
     begun = _now()
-    its_own = [request for request in rehearsal.load.open() if request.pod == host.name and request.completion_id]
     cluster.network.cut(host.address)
     cut_at = time.monotonic()
+    await rehearsal.load.until_finished(open_then)
+    broken = [request for request in open_then if request.error is not None]
+    broken_s = max(request.ended - begun for request in broken if request.ended is not None)
+    relayed_by_other = completions_logged(other)
+    for request in broken:
+        if request.pod != host.name and request.completion_id in relayed_by_other:
+            raise Violated(f"{request} broke, though neither its proxy nor its ingress was cut off")
 
     async def settled() -> bool:
-        rows = await asyncio.to_thread(rehearsal.rows, its_own)
-        return all(request.completion_id in rows for request in its_own)
+        rows = await asyncio.to_thread(rehearsal.rows, broken)
+        return all(request.completion_id in rows for request in broken)
 
     await eventually(settled, _CHANGE_LIMIT_S, every_s=0.5)
     settled_s = time.monotonic() - cut_at
-    await rehearsal.load.until_finished(its_own)
-    rows = rehearsal.rows(its_own)
-    for request in its_own:
-        if not request.received_tokens <= rows[request.completion_id]:
-            raise Violated(f"{request} has {rows[request.completion_id]} tokens in the ledger")
-    seen = rehearsal.failed_since(begun, but_of=host)
+    by_engines = rehearsal.checked_rows(broken)
+    through_other = [each for each in rehearsal.load.requests if each.begun > begun and each.pod == other.name]
+    if late := [request for request in through_other if request.error is not None]:
+        raise Violated(f"{len(late)} of {len(through_other)} later requests failed: {late[:3]}")
     cluster.network.mend(host.address)
     mended_at = time.monotonic()
-
     await cluster.until_ready(gateways=2)
     back_s = time.monotonic() - mended_at
     after = _now()
     await rehearsal.load.rounds(2)
-    rehearsal.failed_since(begun, but_of=host)
-    again = rehearsal.rows(its_own)
-    if again != rows:
-        raise Violated(f"rows changed after the host was back: {rows} then, {again} now")
-    broken = [request for request in its_own if request.error is not None]
-    late = [request for request in rehearsal.load.requests if request.begun > after and request.error is not None]
-    if late:
-        raise Violated(f"requests failed after the host was back: {late[:3]}")
+    rehearsal.failed_since(after)
+    corrected = sum(tokens != by_engines[name] for name, tokens in rehearsal.checked_rows(broken).items())
     return (
-        f"{len(its_own)} streams of its own, {len(broken)} broke, all settled {settled_s:.0f} s after the cut; "
-        f"{seen} requests of the other, 0 failed; two gateways again {back_s:.0f} s after the link was up"
+        f"{len(broken)} of {len(open_then)} open streams broke, the last {broken_s:.0f} s after the cut, all settled "
+        f"within {settled_s:.0f} s, {corrected} of them by engines at first and by their ingress when it was back; "
+        f"{len(through_other)} later requests through the other gateway, 0 failed; two gateways again {back_s:.0f} s after "
+        "the link was up"
     )
 
 
@@ -312,8 +327,8 @@ async def stranger_refused(rehearsal: Rehearsal) -> str:
     else:
         raise Violated(f"GCS answers without a token: {said}")
     return (
-        f"{len(listening)} ports listen on {len(cluster.operator.pods)} hosts: only port {SERVE_PORT} is reached, not the "
-        "head's; dashboard and job API answer 401 and GCS refuses without a token"
+        f"{len(listening)} ports listen on {len(cluster.operator.pods)} hosts: only port {SERVE_PORT} can be reached, not "
+        "the head's; dashboard and job API answer 401 and GCS refuses without a token"
     )
 
 
