@@ -15,7 +15,7 @@ DEV := .venv/.dev-installed
 CLIENTS := .venv/.clients-installed
 PEERS := .venv/.peers-installed
 
-.PHONY: help serve test test-unit faults load compare check setup down clean
+.PHONY: help serve test test-unit faults rehearsal load compare check setup down clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -31,6 +31,9 @@ test-unit: $(DEV) ## run the tests that need neither Ray, vLLM nor PostgreSQL; A
 
 faults: $(DEV) ## kill processes under load for 10 minutes, then audit the ledger; ARGS="--seed 2 --seconds 60", ARGS=--vllm
 	$(BIN)/python -m tests.faults.campaign $(ARGS)
+
+rehearsal: $(DEV) ## run what is rendered for Kubernetes on hosts of its own, cut links, kill hosts, 10 minutes; needs root; ARGS=--vllm
+	$(BIN)/python -m tests.rehearsal $(ARGS)
 
 # KEY reaches it through the environment: others can read a command line, and make would print it.
 ifdef KEY

@@ -74,6 +74,9 @@ install_dev() {
     compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || command -v postgres >/dev/null ||
         install_debian_packages "[0/1]" postgresql
     command -v promtool >/dev/null && command -v prometheus >/dev/null || install_debian_packages "[0/1]" prometheus
+    # Of the rehearsal: Redis for Ray's head, and packet filters.
+    command -v redis-server >/dev/null || install_debian_packages "[0/1]" redis-server
+    command -v nft >/dev/null && command -v ip >/dev/null || install_debian_packages "[0/1]" nftables iproute2
     install_lock "[1/1]" dev "half a minute"
 }
 

@@ -519,8 +519,9 @@ class KubernetesConfig(_Section):
     """`host:port` of the Redis that keeps the state of Ray's head, so that the cluster outlives it. null is for
     clusters whose groups have one pod each."""
     gateway_cpus: PositiveInt = 2
-    """CPUs, at most, of each pod that runs ingress replicas, >= twice `ingress.resources.cpus`, so that a new one can start
-    while an old one finishes its streams. Where there are at least two replicas, pods are smaller: none holds all."""
+    """CPUs, at most, of each pod that runs ingress replicas, >= twice `ingress.resources.cpus`, so that a new one can
+    start while an old one finishes its streams. Where `ingress.replicas` are two and more, pods are smaller: none holds
+    all."""
     gpus_per_node: PositiveInt = 8
     """GPUs of a node, >= 1: all GPUs of a replica are on one node."""
     accelerators: dict[str, dict[str, str]] = {}

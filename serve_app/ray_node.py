@@ -47,7 +47,7 @@ _REPLICA_PORTS = 200
 
 
 _KEEP_ALIVE = ("srvtcpka-idle 5s", "srvtcpka-intvl 2s", "srvtcpka-cnt 3")
-"""A silent connection to an ingress is given up by the kernel after 5 + 3 * 2 seconds without an answer from its host."""
+"""The kernel gives up a silent connection to an ingress after 5 + 3 * 2 seconds without an answer from its host."""
 _CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 
 
@@ -219,7 +219,7 @@ def serve_environment(proxy: str, client_timeout_s: int, longest_drain_s: float)
     return environment | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         _CLIENT_TIMEOUT: str(client_timeout_s),
-        "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "2",  # an ingress whose host is gone is passed over; by default after 5 s
+        "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "2",  # until it tries another ingress; by default 5 s
         # After a change of its configuration the old process stays for its streams: by default for two minutes.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_drain_s)),
         # How long a stopping replica stays reachable for HAProxy, which drops it within a second.
@@ -252,9 +252,9 @@ def write_haproxy_launcher(launcher: Path) -> None:
 
     Kernel splicing is off: with it HAProxy 2.8 may stop reading from a client whose body came in a segment of its own,
     and so does not see that the client has closed the connection: the engine would work on for nobody
-    (tests/cluster/test_disconnect.py). A request's headers must have arrived in time: else a client that sends a line now
-    and then keeps its connection for ever (tests/cluster/test_connection.py). And an ingress whose host is cut off is
-    given up by the kernel within 11 s, and so are its streams: else their clients wait for ever (tests/rehearsal).
+    (tests/cluster/test_disconnect.py). A request's headers must have arrived in time: else a client that sends a line
+    now and then keeps its connection for ever (tests/cluster/test_connection.py). And an ingress whose host is cut off
+    is given up by the kernel, with its streams: else their clients wait for ever (tests/rehearsal).
     """
     added = [f"timeout http-request ${{{_CLIENT_TIMEOUT}}}s", "option srvtcpka", *_KEEP_ALIVE]
     edit = r"s/^\( *\)timeout client .*/&" + "".join(rf"\n\1{line}" for line in added) + "/"

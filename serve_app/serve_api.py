@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from deployments.engine.scaling_board import DECISION_FILES, ShownDecision
 __all__ = ["Application", "Replica", "Resources", "ServeApi", "ServeApiError", "unplaced"]
 
 _PATH = "/api/serve/applications/"
+_NODES_PATH = "/api/v0/nodes"
+_MOST_NODES = "10000"
+"""As many as Ray lists at once."""
 _LOGS_PATH = "/api/v0/logs"
 """Of Ray's state API, as `ray logs` uses it: names and texts of the files in a node's folder of logs."""
 
@@ -99,16 +103,19 @@ class ServeApi:
             described = self._get(_PATH)
         return [_application(name, fields) for name, fields in described.get("applications", {}).items()]
 
-    def resources(self) -> Resources:
-        """Those of the nodes."""
+    def resources(self, applications: list[Application]) -> Resources:
+        """Those of the nodes, and what `applications`, all that run, have left of them."""
         with self._errors():
-            by_node = self._get("/api/cluster_status")["data"]["clusterStatus"]["loadMetricsReport"]["usageByNode"]
-        nodes = [{name: total for name, (_, total) in used.items()} for used in by_node.values()]
-        free: dict[str, float] = {}
-        for used in by_node.values():
-            for name, (taken, total) in used.items():
-                free[name] = free.get(name, 0.0) + total - taken
-        return Resources(nodes, free)
+            listed = self._get(_NODES_PATH, limit=_MOST_NODES)["data"]["result"]["result"]
+        nodes = [node["resources_total"] for node in listed if node["state"] == "ALIVE"]
+        free = Counter[str]()
+        for node in nodes:
+            free.update(node)
+        for application in applications:
+            for deployment, replicas in application.deployments.items():
+                placed = sum(bool(replica.node_ip) for replica in replicas)
+                free.subtract({name: placed * amount for name, amount in application.needs[deployment].items()})
+        return Resources(nodes, dict(free))
 
     def scaling_decisions(self) -> dict[str, ShownDecision]:
         """The latest word of each scaling policy, by application: of those that still decide."""

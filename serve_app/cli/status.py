@@ -36,7 +36,8 @@ def status(
         cluster = find_cluster(home, os.environ)
         with closing(ServeApi(cluster.dashboard_url, cluster.token)) as api:
             try:
-                applications, resources = api.applications(), api.resources()
+                applications = api.applications()
+                resources = api.resources(applications)
             except ServeApiError as error:
                 raise InputError(str(error)) from error
             decisions = _decisions(api)

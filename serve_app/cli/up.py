@@ -144,7 +144,7 @@ def _await_running(api: ServeApi, config: ClusterConfig, stopping: threading.Eve
                 raise StartError(_reason(application))
         progress = ", ".join(_progress(application) for application in applications)
         if any(application.status == "DEPLOYING" for application in applications):
-            resources = api.resources()
+            resources = api.resources(applications)
             progress = "\n  ".join([progress, *(why for each in applications for why in unplaced(each, resources))])
         now = time.monotonic()
         if progress and (progress != last or now - said > _SILENCE_S):

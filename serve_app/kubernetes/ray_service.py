@@ -7,7 +7,14 @@ from typing import Any
 
 from serve_app.applications import ENGINE, INGRESS, serve_config
 from serve_app.config import ClusterConfig
-from serve_app.kubernetes.groups import GATEWAY_GROUP, METER_GROUP, WorkerGroup, engine_group_name, ingress_cpus, worker_groups
+from serve_app.kubernetes.groups import (
+    GATEWAY_GROUP,
+    METER_GROUP,
+    WorkerGroup,
+    engine_group_name,
+    ingress_cpus,
+    worker_groups,
+)
 from serve_app.kubernetes.pods import (
     AUTOSCALER_ACCOUNT_MOUNT,
     CONTAINER_SECURITY,

@@ -1,6 +1,6 @@
 """The rehearsal: the rendered RayService on hosts of its own, and what may happen to it.
 
-    python -m tests.rehearsal [--short] [--only b --only e] [--logs FOLDER]
+    python -m tests.rehearsal [--short | --vllm] [--only b --only e] [--logs FOLDER]
 
 Needs root, for namespaces. Everything that it makes is in namespaces of its own (network, mounts, processes), on a file
 system in memory, so that nothing is left, however it ends.
@@ -15,6 +15,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -24,20 +26,29 @@ from tests.rehearsal.cluster import rehearsed_cluster
 from tests.rehearsal.load import Load
 from tests.rehearsal.manifests import rendered
 from tests.rehearsal.network import command
-from tests.rehearsal.scenarios import SCENARIOS, STREAMS, Rehearsal, Violated, ledger_audited
+from tests.rehearsal.scenarios import SCENARIOS, Rehearsal, Scenario, Violated, engine_host_killed, ledger_audited
 
-_CONFIG = ROOT / "tests" / "rehearsal" / "cluster.yaml"
 _INSIDE = "MILLSTREAM_REHEARSAL_INSIDE"
 _FOLDER = Path("/mnt/rehearsal")
 """In a mount namespace of its own."""
-_TOKENS = 120
 _SHORT = ("a", "b", "e")
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Path
+    streams: int
+    tokens: int
+    """Of each stream."""
+    scenarios: Sequence[Scenario]
+    short: bool = False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the rendered RayService on hosts of its own, and break them.")
     parser.add_argument("--short", action="store_true", help=f"scenarios {', '.join(_SHORT)} only, with less waiting")
     parser.add_argument("--only", action="append", choices=sorted(SCENARIOS), help="this scenario; may be repeated")
+    parser.add_argument("--vllm", action="store_true", help="real vLLM on two engine hosts, of which one is killed")
     parser.add_argument("--logs", type=Path, help="an absent folder that gets the pods' logs")
     options = parser.parse_args()
     if _INSIDE not in os.environ:
@@ -50,9 +61,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     command("mount", "-t", "tmpfs", "tmpfs", str(_FOLDER.parent))
     _FOLDER.mkdir()
-    chosen = options.only or (_SHORT if options.short else sorted(SCENARIOS))
+    folder = ROOT / "tests" / "rehearsal"
+    if options.vllm:
+        plan = Plan(folder / "vllm.yaml", 8, 60, [engine_host_killed])
+    else:
+        chosen = options.only or (_SHORT if options.short else sorted(SCENARIOS))
+        plan = Plan(folder / "cluster.yaml", 32, 120, [SCENARIOS[name] for name in chosen], options.short)
     try:
-        asyncio.run(_rehearse(chosen, short=options.short))
+        asyncio.run(_rehearse(plan))
     except* Violated as violations:
         print(*violations.exceptions, sep="\n", file=sys.stderr)
         sys.exit(1)
@@ -63,20 +79,19 @@ def main() -> None:
             shutil.copytree(_FOLDER / "pods", options.logs, symlinks=True, ignore=_no_logs)
 
 
-async def _rehearse(chosen: list[str] | tuple[str, ...], *, short: bool) -> None:
+async def _rehearse(plan: Plan) -> None:
     begun = time.monotonic()
-    manifests = rendered(_CONFIG)
-    async with rehearsed_cluster(manifests, _FOLDER) as cluster:
-        _say(begun, f"pods run: {', '.join(cluster.operator.pods)}")
+    config = yaml.safe_load(plan.config.read_text())
+    async with rehearsed_cluster(rendered(plan.config), _FOLDER) as cluster:
+        _say(begun, f"pods: {', '.join(cluster.operator.pods)}")
         await cluster.until_ready(gateways=2)
         _say(begun, "ready")
-        config = yaml.safe_load(_CONFIG.read_text())
-        load = Load(cluster.client, lambda: cluster.gateways, config["models"][0]["name"], _TOKENS)
+        load = Load(cluster.client, lambda: cluster.gateways, config["models"][0]["name"], plan.tokens)
         await load.learn()
-        rehearsal = Rehearsal(cluster, load, config, _FOLDER, short)
-        await load.resize(STREAMS)
+        rehearsal = Rehearsal(cluster, load, config, _FOLDER, plan.short)
+        await load.resize(plan.streams)
         try:
-            for scenario in (*(SCENARIOS[name] for name in chosen), ledger_audited):
+            for scenario in (*plan.scenarios, ledger_audited):
                 _say(begun, f"{scenario.__doc__}")
                 _say(begun, f"    {await scenario(rehearsal)}")
         finally:

@@ -23,9 +23,16 @@ from tests.rehearsal.manifests import DASHBOARD_PORT, GCS_PORT, HEAD_GROUP, rend
 from tests.rehearsal.network import listening_ports, reachable_from
 from tests.rehearsal.pods import Pod
 
-__all__ = ["SCENARIOS", "Rehearsal", "Violated"]
+__all__ = [
+    "SCENARIOS",
+    "Rehearsal",
+    "Scenario",
+    "Violated",
+    "engine_host_killed",
+    "ledger_audited",
+]
 
-STREAMS: Final = 32
+_STREAMS: Final = 32
 _ENGINES: Final = "engine-cpu"
 _CHANGE_LIMIT_S: Final = 240.0
 
@@ -171,6 +178,24 @@ async def engine_host_cut_off(rehearsal: Rehearsal) -> str:
     )
 
 
+async def engine_host_killed(rehearsal: Rehearsal) -> str:
+    """All processes of an engine's host are killed in the middle of its streams."""
+    cluster = rehearsal.cluster
+    host = cluster.operator.of_group(_ENGINES)[0]
+    open_then = await rehearsal.load.streaming()
+    begun = _now()
+    async with cluster.operator.held_down(host):
+        await rehearsal.load.until_finished(open_then)
+    slowest_s = max(request.ended - begun for request in open_then if request.ended is not None)
+    back_s = await rehearsal.until_in_rotation(2)
+    await rehearsal.load.rounds(1)
+    seen = rehearsal.failed_since(begun)
+    return (
+        f"{len(open_then)} streams open, {seen} requests in all, 0 failed, all texts as without it; the last of these "
+        f"ended {slowest_s:.1f} s later, two replicas again {back_s:.0f} s after the host was back"
+    )
+
+
 async def gateway_cut_off(rehearsal: Rehearsal) -> str:
     """(c) The link of one of two ingresses' hosts goes down: what it relays breaks, everything else goes on."""
     cluster = rehearsal.cluster
@@ -207,9 +232,9 @@ async def gateway_cut_off(rehearsal: Rehearsal) -> str:
     corrected = sum(tokens != by_engines[name] for name, tokens in rehearsal.checked_rows(broken).items())
     return (
         f"{len(broken)} of {len(open_then)} open streams broke, the last {broken_s:.0f} s after the cut, all settled "
-        f"within {settled_s:.0f} s, {corrected} of them by engines at first and by their ingress when it was back; "
-        f"{len(through_other)} later requests through the other gateway, 0 failed; two gateways again {back_s:.0f} s after "
-        "the link was up"
+        f"within {settled_s:.0f} s, {corrected} of them by engines at first and by their ingress when it was back; of "
+        f"{len(through_other)} later requests through the other gateway 0 failed; two gateways again {back_s:.0f} s "
+        "after the link was up"
     )
 
 
@@ -281,7 +306,7 @@ async def scaled(rehearsal: Rehearsal) -> str:
 
     await rehearsal.apply(change)
     times = []
-    for clients, replicas in ((4, 1), (STREAMS, 3), (4, 1)):
+    for clients, replicas in ((4, 1), (_STREAMS, 3), (4, 1)):
         await rehearsal.load.resize(clients)
 
         async def reached(replicas: int = replicas) -> bool:
@@ -289,7 +314,7 @@ async def scaled(rehearsal: Rehearsal) -> str:
 
         times.append(await eventually(reached, _CHANGE_LIMIT_S, every_s=0.25))
         await rehearsal.load.rounds(1)
-    await rehearsal.load.resize(STREAMS)
+    await rehearsal.load.resize(_STREAMS)
     seen = rehearsal.failed_since(begun)
     await rehearsal.apply(lambda config: None)
     await rehearsal.until_in_rotation(2)
@@ -327,8 +352,8 @@ async def stranger_refused(rehearsal: Rehearsal) -> str:
     else:
         raise Violated(f"GCS answers without a token: {said}")
     return (
-        f"{len(listening)} ports listen on {len(cluster.operator.pods)} hosts: only port {SERVE_PORT} can be reached, not "
-        "the head's; dashboard and job API answer 401 and GCS refuses without a token"
+        f"{len(listening)} ports listen on {len(cluster.operator.pods)} hosts: only port {SERVE_PORT} can be reached, "
+        "not the head's; dashboard and job API answer 401 and GCS refuses without a token"
     )
 
 
@@ -348,7 +373,10 @@ async def ledger_audited(rehearsal: Rehearsal) -> str:
     return f"{len(whole)} streams, {sum(rows.values())} tokens, none missing"
 
 
-SCENARIOS: Final[dict[str, Callable[[Rehearsal], Awaitable[str]]]] = {
+Scenario = Callable[[Rehearsal], Awaitable[str]]
+"""Returns figures. Raises Violated."""
+
+SCENARIOS: Final[dict[str, Scenario]] = {
     "a": head_killed,
     "b": engine_host_cut_off,
     "c": gateway_cut_off,

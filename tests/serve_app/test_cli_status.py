@@ -38,8 +38,8 @@ class Cluster:
         assert request.headers["authorization"] == key
         answers: dict[tuple[str, int | None, str], Any] = {
             (HEAD, 8265, "/api/serve/applications/"): self._applications(),
-            (HEAD, 8265, "/api/cluster_status"): {
-                "data": {"clusterStatus": {"loadMetricsReport": {"usageByNode": {"n": {"CPU": [0.0, 1.0]}}}}}
+            (HEAD, 8265, "/api/v0/nodes"): {
+                "data": {"result": {"result": [{"state": "ALIVE", "resources_total": {"CPU": 1.0}}]}}
             },
             (HEAD, 8265, "/api/v0/logs"): {"data": {"result": {"internal": ["serve/scaling-model-a.json"]}}},
             (HEAD, 8265, "/api/v0/logs/file"): msgspec.to_builtins(self.decision),

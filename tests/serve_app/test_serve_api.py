@@ -175,3 +175,18 @@ def test_what_the_controller_refuses_or_does_not_answer_is_one_error(
         controller.applications()
     with pytest.raises(ServeApiError, match=words):
         controller.apply({})
+
+
+def test_what_is_free_is_what_nodes_have_less_what_placed_replicas_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"state": "ALIVE", "resources_total": {"CPU": 4.0, "GPU": 1.0}},
+        {"state": "ALIVE", "resources_total": {"CPU": 2.0}},
+        {"state": "DEAD", "resources_total": {"CPU": 64.0}},
+    ]
+    replicas = [Replica("a", "RUNNING", "10.0.0.1", 7), Replica("b", "STARTING", "", None)]
+    application = Application("m", "DEPLOYING", "", {"Engine": replicas}, {}, {}, {"Engine": {"CPU": 1.5, "GPU": 1.0}})
+    answer = httpx.Response(200, json={"data": {"result": {"result": nodes}}})
+    assert api(monkeypatch, answer, []).resources([application]) == (
+        [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 2.0}],
+        {"CPU": 4.5, "GPU": 0.0},
+    )

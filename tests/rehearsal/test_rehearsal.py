@@ -1,0 +1,64 @@
+"""The short form of the rehearsal; `make rehearsal` runs all of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+from tests.postgres import postgres_binaries
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+_COMMAND = [sys.executable, "-m", "tests.rehearsal"]
+_PROBE = """
+set -e
+ip link add name probe type bridge
+nft add table inet probe
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/bin
+mount -t overlay overlay -o lowerdir=/mnt/bin:/usr/local/bin /usr/local/bin
+unshare --user --map-user=1000 --map-group=1000 true
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hosts_can_be_made() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root makes network namespaces")
+    missing = [name for name in ("ip", "nft", "unshare", "nsenter", "redis-server") if shutil.which(name) is None]
+    if missing or postgres_binaries() is None:
+        pytest.skip(f"not on this machine: {', '.join(missing) or 'postgresql'}")
+    probe = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "/bin/sh", "-c", _PROBE]
+    result = subprocess.run(probe, capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip(f"no namespaces, packet filters or overlays can be made here: {result.stderr.strip()}")
+
+
+def test_clients_notice_nothing_when_a_host_is_lost_or_a_model_cannot_start() -> None:
+    result = subprocess.run([*_COMMAND, "--short"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(" 0 failed") == 3, result.stdout
+    assert "none missing" in result.stdout
+
+
+def test_nothing_is_left_after_ctrl_c() -> None:
+    process = psutil.Popen(_COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if b"pod added" in line:
+            break
+    else:
+        pytest.fail(process.communicate()[1].decode())
+    started = process.children(recursive=True)
+    assert any("raylet" in each.name() or "gcs_server" in each.name() for each in started)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told.decode()
+    assert [each for each in started if each.is_running()] == []
