@@ -94,6 +94,9 @@ class RayNode:
             _MARK: self.cluster_id,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_file,
+            # Ray takes the loopback for the address of the node, as it does where it knows no other nodes, and all of
+            # its processes listen there alone. --node-ip-address does not: of 127.0.0.1 it makes the machine's own.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             # Ray renames its processes; without this the new title overwrites the environment that `stop` reads.
             "SPT_NOENV": "1",
             **serve_environment(self.proxy, self.client_timeout_s, self.longest_drain_s),
@@ -128,8 +131,7 @@ class RayNode:
         _state_file(home).write_text(json.dumps(asdict(node)))
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
-            *("--node-ip-address", "127.0.0.1", "--port", str(node.gcs_port)),
-            *("--include-dashboard", "true", "--dashboard-host", "127.0.0.1"),
+            *("--port", str(node.gcs_port), "--include-dashboard", "true", "--dashboard-host", "127.0.0.1"),
             *("--dashboard-port", str(node.dashboard_port)),
             *("--dashboard-agent-listen-port", "0", "--ray-client-server-port", str(_free_port())),
             *("--num-cpus", str(section.cpus or os.cpu_count() or 1)),
@@ -248,21 +250,25 @@ def _haproxy_environment(folder: str) -> dict[str, str]:
 
 
 def write_haproxy_launcher(launcher: Path) -> None:
-    """Makes `launcher`: HAProxy as Ray configures it, but for three things that Ray has no setting for.
+    """Makes `launcher`: HAProxy as Ray configures it, but for four things that Ray has no setting for.
 
     Kernel splicing is off: with it HAProxy 2.8 may stop reading from a client whose body came in a segment of its own,
     and so does not see that the client has closed the connection: the engine would work on for nobody
     (tests/cluster/test_disconnect.py). A request's headers must have arrived in time: else a client that sends a line
-    now and then keeps its connection for ever (tests/cluster/test_connection.py). And an ingress whose host is cut off
-    is given up by the kernel, with its streams: else their clients wait for ever (tests/rehearsal).
+    now and then keeps its connection for ever (tests/cluster/test_connection.py). An ingress whose host is cut off is
+    given up by the kernel, with its streams: else their clients wait for ever (tests/rehearsal). And HAProxy's own
+    metrics and statistics are for this machine only, where nobody needs a key for them
+    (tests/cluster/test_command_line.py): Serve reads its counts elsewhere, and Prometheus gets them from Ray.
     """
     added = [f"timeout http-request ${{{_CLIENT_TIMEOUT}}}s", "option srvtcpka", *_KEEP_ALIVE]
     edit = r"s/^\( *\)timeout client .*/&" + "".join(rf"\n\1{line}" for line in added) + "/"
+    narrowed = "s/^\\( *bind\\) .*:/\\1 127.0.0.1:/"
+    sections = " ".join(f'-e "/^{each}$/,/^ *bind/ {narrowed}"' for each in ("frontend prometheus", "listen stats"))
     launcher.write_text(
         "#!/bin/sh\n"
         "for argument; do\n"
         '  case "$option" in -f)\n'
-        f'    sed -i -e \'/timeout http-request\\|srvtcpka/d\' -e "{edit}" "$argument" || exit 1 ;;\n'
+        f'    sed -i -e \'/timeout http-request\\|srvtcpka/d\' -e "{edit}" {sections} "$argument" || exit 1 ;;\n'
         "  esac\n"
         "  option=$argument\n"
         "done\n"

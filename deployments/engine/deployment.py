@@ -18,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
+from deployments._serve_listener import listen_at_node_address
 from deployments.contracts import Settlement, Submission, pack, unpack
 from deployments.engine.engine import Engine
 from deployments.engine.orphans import Orphanage
@@ -95,6 +96,7 @@ class EngineDeployment:
 
     async def __init__(self, model: dict[str, object], home: str) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging()
+        listen_at_node_address()
         began = time.monotonic()
         config = ModelConfig.model_validate(model)
         folder = await asyncio.to_thread(prepare_model, config.source, Path(home), report=log.info)

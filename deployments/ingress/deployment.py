@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from deployments._serve_listener import listen_at_node_address
 from deployments.contracts import IngressCounters, pack
 from deployments.engine.replica_directory import watch_replicas
 from deployments.ingress.app import IngressSettings, build_app
@@ -43,6 +44,7 @@ class IngressDeployment:
         cors_origins: list[str],
     ) -> None:
         configure_logging()
+        listen_at_node_address()
         self._pools = ServePools(engine_deployment)
         context = serve.get_replica_context()
         self._peers = ServePeers(context.deployment, context.app_name)

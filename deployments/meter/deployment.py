@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
 
+from deployments._serve_listener import listen_at_node_address
 from deployments.contracts import AdmissionRequest, Settlement, UsageQuery, pack, unpack, unpack_command
 from deployments.logging import configure_logging
 from deployments.meter.catalogue import MeteredModel
@@ -42,6 +43,7 @@ class MeterDeployment:
         """`home` is MILLSTREAM_HOME: made if missing, holds the admin key and the meter's files. This is the meter
         number `shard` of `shards`. Raises AdminKeyError."""
         configure_logging()
+        listen_at_node_address()
         folder = Path(home)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._settings = MeterSettings(

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from serve_app.ray_node import RayNode, processes_of
+from tests.cluster.listening import listening_sockets
 from tests.conftest import ROOT, RunningCluster, free_port, new_home, run_millstream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
@@ -99,6 +100,14 @@ def test_a_failed_start_says_which_part_and_why_and_leaves_nothing(smollm2: Path
     assert "max_model_len" in result.stderr
     assert "Traceback" not in result.stderr
     assert RayNode.running(home) is None
+
+
+def test_nothing_but_the_configured_port_is_reached_from_elsewhere(simulated_cluster: RunningCluster) -> None:
+    """Not Ray's own processes, nor what replicas and HAProxy open: no other machine can try what they let in."""
+    listening = listening_sockets(simulated_cluster)
+    assert {"gcs_server", "raylet", "haproxy"} <= {each.process for each in listening}
+    assert ("haproxy", "127.0.0.1", simulated_cluster.port) in listening
+    assert [each for each in listening if not each.on_loopback] == []
 
 
 def test_down_ends_a_stray_haproxy_and_nothing_else(

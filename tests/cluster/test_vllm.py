@@ -11,6 +11,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.cluster.listening import listening_sockets
 from tests.conftest import RunningCluster, eventually
 from tests.streaming import Streamed, complete, stream
 
@@ -147,3 +148,7 @@ async def test_a_stopped_vllm_replica_ends_no_stream(vllm_cluster: RunningCluste
     finally:
         os.kill(replicas[victim], signal.SIGCONT)
     assert [each[:3] for each in disturbed] == [each[:3] for each in undisturbed]
+
+
+def test_vllm_listens_on_the_loopback_only(vllm_cluster: RunningCluster) -> None:
+    assert [each for each in listening_sockets(vllm_cluster) if not each.on_loopback] == []

@@ -52,3 +52,25 @@ def test_haproxy_bounds_the_time_of_a_requests_headers_and_notices_a_lost_host(t
     assert lines in configuration.read_text()
     assert configuration.read_text().count("srvtcpka") == 4
     assert "10s" not in configuration.read_text()
+
+
+def test_haproxy_tells_its_own_metrics_to_this_machine_only(tmp_path: Path) -> None:
+    """As Ray's template has them, in ray/serve/_private/haproxy_templates.py."""
+    configuration = tmp_path / "haproxy.cfg"
+    configuration.write_text(
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout server 5s\n    timeout client 65s\n"
+        "frontend prometheus\n    bind :9101\n    mode http\n"
+        "    http-request use-service prometheus-exporter if { path /metrics }\n"
+        "frontend http_frontend\n    bind *:8000\n"
+        "listen stats\n  bind *:8404\n  stats enable\n  stats uri /stats\n"
+    )
+    write_haproxy_launcher(tmp_path / "haproxy")
+    subprocess.run(
+        [tmp_path / "haproxy", "-c", "-f", configuration],
+        env={**os.environ, "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "65"},
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    binds = [line.strip() for line in configuration.read_text().splitlines() if "bind" in line]
+    assert binds == ["bind 127.0.0.1:9101", "bind *:8000", "bind 127.0.0.1:8404"]
