@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 import structlog
@@ -20,11 +21,11 @@ import structlog
 from deployments.contracts import (
     Account,
     EngineLoad,
+    EngineOrders,
     EngineStep,
     Sampling,
     Settlement,
     Submission,
-    SubmissionStatus,
     TokenDelta,
     pack,
     unpack,
@@ -41,27 +42,26 @@ class _Replica:
     """Ends every generation with its first token."""
 
     def __init__(self) -> None:
-        self._deltas: asyncio.Queue[list[TokenDelta]] = asyncio.Queue(_AT_ONCE)
+        self._steps: asyncio.Queue[EngineStep] = asyncio.Queue(_AT_ONCE)
         self._sequence = 0
         self.submitted = 0
 
-    async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
-        yield self._message([])
-        while True:
-            yield self._message(await self._deltas.get())
+    @asynccontextmanager
+    async def open(self, _stream: str) -> AsyncIterator[_Replica]:
+        self._steps.put_nowait(EngineStep(0, EngineLoad(), []))
+        yield self
 
-    async def submit(self, _stream: str, submissions: bytes, _released: list[str]) -> list[SubmissionStatus]:
-        generations = [each.generation for each in unpack(submissions, list[Submission])]
-        self.submitted += len(generations)
-        self._deltas.put_nowait([TokenDelta(number, [7], "length") for number in generations])
-        return ["accepted"] * len(generations)
+    async def receive(self) -> bytes:
+        return pack(await self._steps.get())
 
-    async def abort(self, _stream: str, generations: list[int], released: list[str]) -> None: ...
-
-    def _message(self, deltas: list[TokenDelta]) -> bytes:
-        message = pack(EngineStep(self._sequence, EngineLoad(running=len(deltas)), deltas))
-        self._sequence += 1
-        return message
+    def send(self, orders: bytes) -> None:
+        submissions = [unpack(each, Submission) for each in unpack(orders, EngineOrders).submissions]
+        if submissions:
+            deltas = [TokenDelta(each.generation, [7], "length") for each in submissions]
+            self._sequence += 1
+            load = EngineLoad(running=len(deltas))
+            self._steps.put_nowait(EngineStep(self._sequence, load, deltas, submissions[-1].generation))
+            self.submitted += len(submissions)
 
 
 def _unneeded(_meter: str, _settlement: Settlement) -> None:

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
 from deployments._serve_listener import listen_at_node_address
-from deployments.contracts import Settlement, Submission, pack, unpack
+from deployments.contracts import Settlement, pack
 from deployments.engine.engine import Engine
 from deployments.engine.orphans import Orphanage
 from deployments.engine.replica import EngineReplica
@@ -109,7 +109,7 @@ class EngineDeployment:
         await self._outbox.start()
         start_up_s = time.monotonic() - began
         self._replica = EngineReplica(engine, Orphanage(self._outbox), start_up_s=start_up_s)
-        self._step_server = StepServer(self._replica.steps)
+        self._step_server = StepServer(self._replica.steps, self._replica.take_orders)
         await self._step_server.start(get_node_ip_address())
 
     async def _settle(self, meter: str, settlements: list[Settlement]) -> None:
@@ -122,17 +122,11 @@ class EngineDeployment:
             raise
 
     async def steps(self, stream_id: str, *, target: str) -> AsyncGenerator[bytes, None]:
-        """Yields a packed `StepTicket`, and lasts as long as the stream that it leads to: Serve does not stop a replica
+        """Yields a packed `Ticket`, and lasts as long as the stream that it leads to: Serve does not stop a replica
         that has calls under way."""
         async with aclosing(self._step_server.line(stream_id)) as tickets:
             async for ticket in tickets:
                 yield pack(ticket)
-
-    async def submit(self, stream_id: str, submissions: bytes, released: list[str], *, target: str) -> list[str]:
-        return list(self._replica.submit(stream_id, unpack(submissions, list[Submission]), released))
-
-    async def abort(self, stream_id: str, generations: list[int], released: list[str], *, target: str) -> None:
-        self._replica.abort(stream_id, generations, released)
 
     async def load(self, *, target: str) -> bytes:
         """Packed `EngineLoad`."""

@@ -1,4 +1,4 @@
-"""One engine and the step streams it feeds: submissions in, step messages out. Free of Ray.
+"""One engine and the step streams it feeds: orders in, step messages out. Free of Ray.
 
 One step stream per ingress replica carries the tokens of all its generations here (see step_outbox.py). A stream owns
 its generations: when it ends, for whatever reason, they are aborted, so that an ingress that dies leaves no work
@@ -18,12 +18,13 @@ import structlog
 
 from deployments.contracts import (
     EngineLoad,
+    EngineOrders,
     FinishReason,
     PositionLogprobs,
     Submission,
-    SubmissionStatus,
     TokenDelta,
     pack,
+    unpack,
 )
 from deployments.engine.autoscaling import ReplicaSignals
 from deployments.engine.demand import Demand
@@ -34,6 +35,12 @@ from deployments.engine.step_outbox import StepOutbox
 __all__ = ["EngineReplica"]
 
 log = structlog.get_logger()
+
+
+class _Numbered(msgspec.Struct):
+    """What is still told of a submission that cannot be read."""
+
+    generation: int
 
 
 @dataclass
@@ -111,18 +118,33 @@ class EngineReplica:
             self._orphanage.take(ingress, stream.tabs)
             log.info("step stream closed", stream=stream_id, aborted=len(stream.keys))
 
-    def submit(self, stream_id: str, submissions: list[Submission], released: list[str]) -> list[SubmissionStatus]:
-        """Queue generations; their tokens travel on the stream `stream_id`. One status per submission, in order.
-
-        `released` are requests that are settled and forgotten here.
-        """
+    def take_orders(self, stream_id: str, orders: bytes) -> None:
+        """Carry out packed `EngineOrders` that came with the stream `stream_id`; ignored when that has ended. Raises
+        msgspec.DecodeError."""
         stream = self._streams.get(stream_id)
         if stream is None:
-            return ["stream_unknown"] * len(submissions)
-        stream.tabs.release(released)
-        return [self._submit(stream, submission) for submission in submissions]
+            return
+        order = unpack(orders, EngineOrders)
+        stream.tabs.release(order.released)
+        for packed in order.submissions:
+            self._try_to_submit(stream, packed)
+        if order.aborted:
+            self._abort(stream, order.aborted)
 
-    def _submit(self, stream: _Stream, submission: Submission) -> SubmissionStatus:
+    def _try_to_submit(self, stream: _Stream, packed: msgspec.Raw) -> None:
+        generation = unpack(packed, _Numbered).generation
+        try:
+            accepted = self._submit(stream, unpack(packed, Submission))
+        except Exception as error:  # whatever it is: the generations of others go on
+            log.exception("submission failed", generation=generation)
+            if (key := stream.keys.pop(generation, None)) is not None:
+                self._engine.abort(key)
+            stream.outbox.push(TokenDelta(generation, [], "failed", message=repr(error)))
+            accepted = True
+        stream.outbox.heard(generation, refused=not accepted)
+
+    def _submit(self, stream: _Stream, submission: Submission) -> bool:
+        """False when the engine's queue is full."""
         generation, choice = submission.generation, submission.choice
         self._submitted += 1
         prompt_tokens = len(submission.token_ids)
@@ -161,16 +183,11 @@ class EngineReplica:
         except EngineQueueFull:
             del stream.keys[generation]
             stream.tabs.refuse(submission)
-            return "queue_full"
+            return False
         self._demand.arrived(prompt_tokens)
-        return "accepted"
+        return True
 
-    def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None:
-        """Stop generations; unknown ones have ended already. `released` as for `submit`."""
-        stream = self._streams.get(stream_id)
-        if stream is None:
-            return
-        stream.tabs.release(released)
+    def _abort(self, stream: _Stream, generations: list[int]) -> None:
         for generation in generations:
             key = stream.keys.pop(generation, None)
             if key is not None:

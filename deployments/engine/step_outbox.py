@@ -30,6 +30,8 @@ class StepOutbox:
         self._news = asyncio.Event()
         self._closed = False
         self._sequence = 0
+        self._heard = 0
+        self._refused: list[int] = []
 
     def push(self, delta: TokenDelta) -> None:
         """Add what a generation gained, behind what has not been pulled yet. Ignored once closed: else an engine that
@@ -38,6 +40,13 @@ class StepOutbox:
             return
         waiting = self._deltas.get(delta.generation)
         self._deltas[delta.generation] = delta if waiting is None else _merged(waiting, delta)
+        self._news.set()
+
+    def heard(self, generation: int, *, refused: bool = False) -> None:
+        """It was submitted, and is the last one so far."""
+        self._heard = generation
+        if refused:
+            self._refused.append(generation)
         self._news.set()
 
     def forget(self, generation: int) -> None:
@@ -70,7 +79,8 @@ class StepOutbox:
         self._deltas.clear()
         if not self._closed:
             self._news.clear()
-        step = EngineStep(self._sequence, self._load(), deltas)
+        step = EngineStep(self._sequence, self._load(), deltas, self._heard, self._refused)
+        self._refused = []
         self._sequence += 1
         return step
 

@@ -179,7 +179,7 @@ class EnginePool:
         self._open_requests[generations[0].request_id] = generations
         limits = self.limits
         hold_timeout_s = limits.cold_start_timeout_s if self._asleep else limits.hold_timeout_s
-        self._own(self._place(generations, hold_timeout_s or limits.hold_timeout_s), "place")
+        self._place(generations, hold_timeout_s or limits.hold_timeout_s)
 
     def abort(self, generations: Iterable[Generation]) -> None:
         """End generations that nobody wants any more; frees the engines without waiting for them."""
@@ -190,7 +190,7 @@ class EnginePool:
                 if generation.placement is not None:
                     numbers.setdefault(generation.placement.stream, []).append(generation.placement.number)
         for stream, doomed in numbers.items():
-            self._own(stream.abort(doomed), "abort")
+            stream.abort(doomed)
 
     def release(self, request_id: str) -> None:
         """It is settled: where its generations ran last, nobody needs to be able to settle it any more."""
@@ -228,6 +228,7 @@ class EnginePool:
             name=f"{self._ingress_id}/{self.model}/{replica_id}",
             on_live=lambda: self._on_live(stream),
             on_lost=lambda generations: self._on_lost(stream, generations),
+            on_refused=lambda generations: self._on_refused(stream, generations),
         )
         self._streams[replica_id] = stream
         self._own(stream.run(), f"stream-{replica_id}")
@@ -259,7 +260,12 @@ class EnginePool:
                 moving.append(generation)
         if moving:
             self._counters.resumes += len(moving)
-            self._own(self._place(moving, self.limits.resume_timeout_s), "resume")
+            self._place(moving, self.limits.resume_timeout_s)
+
+    def _on_refused(self, stream: ReplicaStream, generations: list[Generation]) -> None:
+        for generation in generations:  # one by one: each may have been refused elsewhere as well
+            generation.refused(stream)
+            self._place([generation], self.limits.hold_timeout_s)
 
     def _note_use(self, request: list[Generation]) -> None:
         account = request[0].account
@@ -273,39 +279,40 @@ class EnginePool:
         if use.tokens:
             self._note(use.meter, use.settlement(time.time()))
 
-    async def _place(self, generations: list[Generation], hold_timeout_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + hold_timeout_s
-        full: set[ReplicaStream] = set()
-        while generations := [generation for generation in generations if not generation.ended]:
-            live = self._accepting_streams()
-            candidates = [stream for stream in live if stream not in full] if full else live
-            if live and not candidates:
-                self._fail(generations, self._overloaded(live))
+    def _place(self, generations: list[Generation], hold_timeout_s: float) -> None:
+        """On replicas that have not refused the first of them, or hold them until there is a replica."""
+        live = self._accepting_streams()
+        if not live:
+            deadline = asyncio.get_running_loop().time() + hold_timeout_s
+            self._own(self._hold(generations, deadline), "hold")
+            return
+        full = generations[0].refused_by
+        candidates = [stream for stream in live if stream not in full] if full else live
+        if not candidates:
+            self._fail(generations, self._overloaded(live))
+            return
+        if len(candidates) > (drawn := max(_CANDIDATES, 2 * len(generations))):
+            candidates = random.sample(candidates, drawn)
+        if len(generations) == 1 or len(candidates) == 1:
+            least_loaded(candidates).submit(generations)
+            return
+        ahead = {stream: stream.sequences for stream in candidates}
+        groups: dict[ReplicaStream, list[Generation]] = {}
+        for generation in generations:
+            stream = min(candidates, key=ahead.__getitem__)
+            ahead[stream] += 1
+            groups.setdefault(stream, []).append(generation)
+        for stream, group in groups.items():
+            stream.submit(group)
+
+    async def _hold(self, generations: list[Generation], deadline: float) -> None:
+        while not self._accepting_streams():
+            new = [generation for generation in generations if not (generation.resumes or generation.ended)]
+            if not await self._wait_for_replica(len(new), sum(len(each.prompt) for each in new), deadline):
+                self._fail(generations, self._not_ready())
                 return
-            if not candidates:
-                new = [generation for generation in generations if not generation.resumes]
-                if not await self._wait_for_replica(len(new), sum(len(each.prompt) for each in new), deadline):
-                    self._fail(generations, self._not_ready())
-                    return
-                continue
-            if len(candidates) > (drawn := max(_CANDIDATES, 2 * len(generations))):
-                candidates = random.sample(candidates, drawn)
-            groups: dict[ReplicaStream, list[Generation]] = {}
-            if len(generations) == 1 or len(candidates) == 1:
-                groups[least_loaded(candidates)] = generations
-            else:
-                ahead = {stream: stream.sequences for stream in candidates}
-                for generation in generations:
-                    stream = min(candidates, key=ahead.__getitem__)
-                    ahead[stream] += 1
-                    groups.setdefault(stream, []).append(generation)
-            refused = await asyncio.gather(*(stream.submit(group) for stream, group in groups.items()))
-            generations = []
-            for stream, unplaced in zip(groups, refused, strict=True):
-                if unplaced:
-                    full.add(stream)
-                    generations += unplaced
+        if wanted := [generation for generation in generations if not generation.ended]:
+            self._place(wanted, 0.0)
 
     async def _wait_for_replica(self, new: int, tokens: int, deadline: float) -> bool:
         limits = self.limits

@@ -90,6 +90,8 @@ class Generation:
         self.accepted_at: float | None = None
         """When the first replica took it on, by `time.perf_counter`."""
         self.placement: Placement | None = None
+        self.refused_by: set[ReplicaStream] = set()
+        """Replicas whose queues had no room for it."""
         self._mailbox = mailbox
 
     def submission(self, number: int) -> Submission:
@@ -124,7 +126,6 @@ class Generation:
             self.accepted_at = time.perf_counter()
 
     def deliver(self, delta: TokenDelta) -> None:
-        self.accepted()  # the step stream may overtake the answer to the submission
         if not self.tokens and not self.resumes:
             self.cached_tokens = delta.cached_tokens
         if delta.token_ids:
@@ -134,9 +135,15 @@ class Generation:
             self.ended = True
         self._mailbox.put(News(self.candidate, delta))
 
+    def refused(self, stream: ReplicaStream) -> None:
+        """The replica has no room; the generation is about to be placed on another."""
+        self.placement = None
+        self.refused_by.add(stream)
+
     def lost(self) -> None:
         """The replica is gone; the generation is about to be placed on another."""
         self.placement = None
+        self.refused_by.clear()
         self.resumes += 1
         self.fruitless_resumes += 1
 

@@ -8,27 +8,26 @@ The sending end is deployments/engine/replica.py. Free of Ray: `ReplicaTransport
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
-from itertools import chain, count, islice
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from itertools import count
+from typing import Protocol
 
 import msgspec
 import structlog
 
-from deployments.contracts import EngineLoad, EngineStep, SubmissionStatus, pack, unpack
-from deployments.ingress.coalescer import Coalescer
+from deployments.contracts import EngineLoad, EngineOrders, EngineStep, pack, unpack
 from deployments.ingress.errors import InternalError
 from deployments.ingress.generation import Generation, Placement
 
-__all__ = ["SILENCE_LIMIT_S", "ReplicaLost", "ReplicaStream", "ReplicaTransport"]
+__all__ = ["SILENCE_LIMIT_S", "ReplicaLost", "ReplicaStream", "ReplicaTransport", "StepLine"]
 
 log = structlog.get_logger()
 
 SILENCE_LIMIT_S = 3.0
 """A replica that sends nothing for so long is lost; heartbeats come every HEARTBEAT_S of
 deployments/engine/step_outbox.py."""
-_SUBMIT_LIMIT_S = 5.0
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 4.0
 _CONNECTIONS = count(1)
 """Numbers of all step streams that this process has opened: none is used again, be the replica in the pool again."""
@@ -38,16 +37,22 @@ class ReplicaLost(Exception):
     """The replica cannot be used now."""
 
 
+class StepLine(Protocol):
+    """An open step stream, as of deployments/step_connection.py."""
+
+    async def receive(self) -> bytes | None:
+        """The next packed `EngineStep`, None when the replica has ended the stream; the one before is dealt with.
+        Raises ReplicaLost."""
+
+    def send(self, orders: bytes) -> None:
+        """Packed `EngineOrders`. Never waits; lost if the stream breaks."""
+
+
 class ReplicaTransport(Protocol):
-    """How to reach one replica. Every method raises ReplicaLost when it cannot be reached."""
+    """How to reach one replica."""
 
-    def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
-        """Packed `EngineStep` messages, until the replica ends the stream."""
-
-    async def submit(self, stream_id: str, submissions: bytes, released: list[str]) -> list[SubmissionStatus]:
-        """Packed list of `Submission`. `released`: requests that are settled, which the replica may forget."""
-
-    async def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None: ...
+    def open(self, stream_id: str) -> AbstractAsyncContextManager[StepLine]:
+        """Leaving it ends the stream. Raises ReplicaLost when the replica cannot be reached."""
 
 
 class ReplicaStream:
@@ -61,7 +66,9 @@ class ReplicaStream:
         name: str,
         on_live: Callable[[], None],
         on_lost: Callable[[list[Generation]], None],
+        on_refused: Callable[[list[Generation]], None],
     ) -> None:
+        """`on_lost` gets what the replica was generating, `on_refused` that for which its queue had no room."""
         self.replica_id = replica_id
         self.live = False
         """The stream is open and not silent."""
@@ -73,19 +80,20 @@ class ReplicaStream:
         """Event-loop time of the last message, in seconds."""
         self._transport = transport
         self._name = name
-        self._connection = 0
-        self._submissions = self._submitter()
         self._numbers = 0
-        self._unreported = 0
-        self._submitting: set[int] = set()
-        """Generations on their way to the replica: an abort that overtook them would find nothing there."""
-        self._aborted_early: set[int] = set()
-        """Those of them that nobody wants any more; `submit` aborts them once the replica has them."""
+        self._unheard: deque[tuple[int, Generation]] = deque()
+        """Submitted, and the replica has not told yet whether it takes them."""
+        self._line: StepLine | None = None
+        self._submissions: list[msgspec.Raw] = []
+        self._aborted: list[int] = []
         self._released: list[str] = []
-        """Settled requests that the replica has not been told of; they travel with the next call."""
+        """These three make the next orders. Settled requests alone are no reason to send any."""
+        self._sending = False
+        """Orders are about to be sent."""
         self._retry_s = _RETRY_FIRST_S
         self._on_live = on_live
         self._on_lost = on_lost
+        self._on_refused = on_refused
         self._reader: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
 
@@ -96,7 +104,7 @@ class ReplicaStream:
     @property
     def sequences(self) -> int:
         """Generations on the replica, of all ingress replicas: as reported, plus those submitted since."""
-        return max(self.load.running + self.load.waiting + self._unreported, len(self.generations))
+        return max(self.load.running + self.load.waiting + len(self._unheard), len(self.generations))
 
     # --- in the order in which they happen --------------------------------------------------------------------------
 
@@ -115,68 +123,30 @@ class ReplicaStream:
                 self._reader.cancel()
                 await asyncio.wait([self._reader])
 
-    def submit(self, generations: list[Generation]) -> Coroutine[Any, Any, list[Generation]]:
-        """Send generations to the replica; their tokens come through `Generation.deliver`. They count as its own from
-        now on, so that of requests that come at the same moment not all choose the same replica.
-
-        The result are those that the replica refused because its queue is full. Those that are lost with the stream
-        while the call is under way go to `on_lost` as all others on it do. A call that fails for any other reason
-        fails its own generations and leaves the others alone.
-        """
-        numbered: dict[int, Generation] = {}
+    def submit(self, generations: list[Generation]) -> None:
+        """Send generations to the replica, which accepts them, with `accepting` true; their tokens come through
+        `Generation.deliver`. They count as its own from now on, so that of requests that come at the same moment not
+        all choose the same replica."""
         for generation in generations:
-            if generation.ended:
-                continue  # aborted since it was assigned to this replica: it had no placement to be aborted at
-            self._numbers += 1
-            generation.placement = Placement(self, self._numbers)
-            numbered[self._numbers] = generation
-        self.generations |= numbered
-        self._unreported += len(numbered)
-        self._submitting |= numbered.keys()
-        return self._submit(numbered, self._connection)
+            self._numbers = number = self._numbers + 1
+            try:
+                packed = pack(generation.submission(number))
+            except Exception:  # a parameter of the client's that has no form on the wire
+                log.exception("submission not packed", request_id=generation.request_id)
+                generation.fail(InternalError())
+                continue
+            generation.placement = Placement(self, number)
+            self.generations[number] = generation
+            self._unheard.append((number, generation))
+            self._submissions.append(msgspec.Raw(packed))
+        self._send_soon()
 
-    async def _submit(self, numbered: dict[int, Generation], connection: int) -> list[Generation]:
-        if not numbered:
-            return []
-        statuses: list[SubmissionStatus] | None = None
-        try:
-            submissions = [msgspec.Raw(pack(generation.submission(number))) for number, generation in numbered.items()]
-            async with asyncio.timeout(_SUBMIT_LIMIT_S):
-                statuses = await self._submissions.call(submissions)
-        except (ReplicaLost, TimeoutError) as error:
-            self._break(f"submission failed: {error!r}", connection)
-            return []
-        except Exception:
-            log.exception("submission failed", replica=self._name)
-        finally:
-            self._submitting -= numbered.keys()
-            aborted = self._aborted_early & numbered.keys()
-            self._aborted_early -= aborted
-        if statuses is None:
-            for number, generation in numbered.items():
-                if self._take(number):
-                    generation.fail(InternalError())
-            await self._send_abort(list(numbered))
-            return []
-        if "stream_unknown" in statuses:
-            self._break("the replica does not know this stream", connection)
-            return []
-        if aborted:
-            await self._send_abort(list(aborted))
-        refused: list[Generation] = []
-        for (number, generation), status in zip(numbered.items(), statuses, strict=True):
-            if status == "accepted":
-                generation.accepted()
-            elif self._take(number):
-                refused.append(generation)
-        return refused
-
-    async def abort(self, numbers: list[int]) -> None:
+    def abort(self, numbers: list[int]) -> None:
         """Stop generations: nothing of them arrives any more, and the replica frees what they hold."""
-        taken = {number for number in numbers if self._take(number)}
-        self._aborted_early |= taken & self._submitting
-        if taken - self._submitting:
-            await self._send_abort(list(taken - self._submitting))
+        taken = [number for number in numbers if self._take(number)]
+        if taken:
+            self._aborted += taken
+            self._send_soon()
 
     def release(self, request_id: str) -> None:
         """The request is settled for good: the replica need not be able to."""
@@ -202,53 +172,30 @@ class ReplicaStream:
 
     # --- internals ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _stream_id(self) -> str:
-        # deployments/engine/replica.py knows by what is before the number that this ingress has come back.
-        return f"{self._name}#{self._connection}"
+    def _send_soon(self) -> None:
+        """What is ordered at the same moment travels together."""
+        if not self._sending:
+            self._sending = True
+            asyncio.get_running_loop().call_soon(self._send)
 
-    def _submitter(self) -> Coalescer[list[msgspec.Raw], list[SubmissionStatus]]:
-        """Sends submissions over the present connection."""
-        stream_id = self._stream_id
-
-        async def send(batch: list[list[msgspec.Raw]]) -> list[list[SubmissionStatus]]:
-            async with asyncio.timeout(_SUBMIT_LIMIT_S):
-                submissions = msgspec.msgpack.encode([*chain(*batch)])
-                statuses = await self._transport.submit(stream_id, submissions, self._take_released())
-            if len(statuses) != sum(map(len, batch)):
-                raise RuntimeError(f"{len(statuses)} statuses for {sum(map(len, batch))} submissions")
-            each = iter(statuses)
-            return [list(islice(each, len(submissions))) for submissions in batch]
-
-        return Coalescer(send)
-
-    async def _send_abort(self, numbers: list[int]) -> None:
-        connection = self._connection
-        try:
-            async with asyncio.timeout(_SUBMIT_LIMIT_S):
-                await self._transport.abort(self._stream_id, numbers, self._take_released())
-        except (ReplicaLost, TimeoutError) as error:
-            # The generations end with the stream, which is broken now if it was not before.
-            self._break(f"abort failed: {error!r}", connection)
-        except Exception:
-            log.exception("abort failed", replica=self._name)
-
-    def _take_released(self) -> list[str]:
-        released, self._released = self._released, []
-        return released
+    def _send(self) -> None:
+        self._sending = False
+        if self._line is None or not (self._submissions or self._aborted or self._released):
+            return  # the stream was lost meanwhile
+        self._line.send(pack(EngineOrders(self._released, self._submissions, self._aborted)))
+        self._released, self._submissions, self._aborted = [], [], []
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
-        self._connection = next(_CONNECTIONS)
-        self._submissions = self._submitter()
-        self.last_heard = loop.time()
-        async with aclosing(self._transport.steps(self._stream_id)) as steps:
+        # deployments/engine/replica.py knows by what is before the number that this ingress has come back.
+        stream_id = f"{self._name}#{next(_CONNECTIONS)}"
+        async with AsyncExitStack() as stack:
+            # The first message has a limit of its own, since only live streams are watched for silence.
+            async with asyncio.timeout(SILENCE_LIMIT_S):
+                line = await stack.enter_async_context(self._transport.open(stream_id))
+                message = await line.receive()
             for expected in count():
-                try:
-                    # The first message has a limit of its own, since only live streams are watched for silence.
-                    async with asyncio.timeout(None if expected else SILENCE_LIMIT_S):
-                        message = await anext(steps)
-                except StopAsyncIteration:
+                if message is None:
                     return
                 self.last_heard = loop.time()
                 step = unpack(message, EngineStep)
@@ -256,16 +203,19 @@ class ReplicaStream:
                     raise ReplicaLost(f"message {step.sequence} came in place of {expected}: tokens are missing")
                 self._apply(step)
                 if not expected:
+                    self._line = line
                     self.live = True
                     self._retry_s = _RETRY_FIRST_S
                     log.info("replica in rotation", replica=self._name)
                     self._on_live()
-                if self._released and not step.deltas:  # there is time, and no call may come to carry them
-                    await self._send_abort([])
+                if self._released and not step.deltas:  # there is time, and no orders may come to carry them
+                    self._send_soon()
+                message = await line.receive()
 
     def _apply(self, step: EngineStep) -> None:
         self.load = step.load
-        self._unreported = 0
+        if self._unheard and self._unheard[0][0] <= step.heard:
+            self._hear(step.heard, frozenset(step.refused))
         for delta in step.deltas:
             generation = self.generations.get(delta.generation)
             if generation is None:
@@ -276,6 +226,18 @@ class ReplicaStream:
                     log.error("engine failed a generation", replica=self._name, reason=delta.message)
             generation.deliver(delta)
 
+    def _hear(self, heard: int, refused: frozenset[int]) -> None:
+        """Generations up to the number `heard` are accepted, but for those that are `refused`."""
+        unplaced: list[Generation] = []
+        while self._unheard and self._unheard[0][0] <= heard:
+            number, generation = self._unheard.popleft()
+            if number not in refused:
+                generation.accepted()
+            elif self._take(number):
+                unplaced.append(generation)
+        if unplaced:
+            self._on_refused(unplaced)
+
     def _take(self, number: int) -> bool:
         """Take a generation off the stream; False when it has ended or moved already."""
         taken = self.generations.pop(number, None) is not None
@@ -283,13 +245,8 @@ class ReplicaStream:
             self._emptied.set()
         return taken
 
-    def _break(self, reason: str, connection: int | None = None) -> None:
-        """Give the stream up; `run` opens it again if the replica is to stay.
-
-        A call that was made over an earlier `connection` says nothing about the present one.
-        """
-        if connection is not None and connection != self._connection:
-            return
+    def _break(self, reason: str) -> None:
+        """Give the stream up; `run` opens it again if the replica is to stay."""
         self._lose(reason)
         if self._reader is not None:
             self._reader.cancel()
@@ -300,8 +257,9 @@ class ReplicaStream:
             self.live = False
             log.info("replica out of rotation", replica=self._name, reason=reason, moving=len(self.generations))
         self.load = EngineLoad()
-        self._unreported = 0
-        self._released.clear()
+        self._line = None
+        for orders in (self._unheard, self._released, self._submissions, self._aborted):
+            orders.clear()
         self._emptied.set()
         lost = list(self.generations.values())
         self.generations.clear()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
-from typing import Any, cast
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import structlog
@@ -16,11 +16,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.contracts import IngressCounters, SubmissionStatus, unpack
+from deployments.contracts import IngressCounters, unpack
 from deployments.engine.engine import EngineError
 from deployments.engine.replica_directory import ReplicaGone, replicas_of
 from deployments.ingress.replica_stream import ReplicaLost
-from deployments.step_connection import StepTicket, received_steps
+from deployments.step_connection import StepLine, step_line
+from deployments.ticketed_connection import Ticket
 
 __all__ = ["ServePeers", "ServePools", "ServeReplica"]
 
@@ -41,35 +42,22 @@ class ServeReplica:
     """One engine replica, named by its unique id."""
 
     def __init__(self, handle: DeploymentHandle[Any], replica_id: str) -> None:
-        self._handle = handle
-        self._stream_handle = handle.options(stream=True)
+        self._handle = handle.options(stream=True)
         self._replica_id = replica_id
 
-    async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
-        response = self._stream_handle.steps.remote(stream_id, target=self._replica_id)
+    @asynccontextmanager
+    async def open(self, stream_id: str) -> AsyncIterator[StepLine]:
+        response = self._handle.steps.remote(stream_id, target=self._replica_id)
         try:
             ticket = await anext(response, None)
             if ticket is None:
                 raise ReplicaLost("no ticket")
-            async with aclosing(received_steps(unpack(ticket, StepTicket))) as steps:
-                async for message in steps:
-                    yield message
+            async with step_line(unpack(ticket, Ticket)) as line:
+                yield line
         except _UNREACHABLE as error:
             raise ReplicaLost(type(error).__name__) from error
         finally:
             response.cancel()
-
-    async def submit(self, stream_id: str, submissions: bytes, released: list[str]) -> list[SubmissionStatus]:
-        return cast(list[SubmissionStatus], await self._call("submit", stream_id, submissions, released))
-
-    async def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None:
-        await self._call("abort", stream_id, generations, released)
-
-    async def _call(self, method: str, stream_id: str, argument: bytes | list[int], released: list[str]) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(stream_id, argument, released, target=self._replica_id)
-        except _UNREACHABLE as error:
-            raise ReplicaLost(type(error).__name__) from error
 
 
 class ServePools:

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
+import msgspec
 import pytest
 
 from deployments.contracts import (
     EngineLoad,
+    EngineOrders,
     EngineStep,
     FinishReason,
     PositionLogprobs,
@@ -83,6 +85,15 @@ def submission(generation: int, request_id: str = "r", *, resumed: bool = False)
     return Submission(generation, [1, 2, 3], Sampling(max_tokens=8), account(request_id), "Meter", resumed=resumed)
 
 
+def submit(replica: EngineReplica, stream_id: str, *submissions: Submission) -> None:
+    packed = [msgspec.Raw(pack(submission)) for submission in submissions]
+    replica.take_orders(stream_id, pack(EngineOrders([], packed, [])))
+
+
+def abort(replica: EngineReplica, stream_id: str, *generations: int) -> None:
+    replica.take_orders(stream_id, pack(EngineOrders([], [], list(generations))))
+
+
 async def take(steps: AsyncGenerator[bytes, None]) -> EngineStep:
     return unpack(await anext(steps), EngineStep)
 
@@ -116,36 +127,39 @@ async def test_tokens_travel_on_the_stream_they_were_submitted_on(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     async with aclosing(await opened(replica)) as steps:
-        assert replica.submit("s", [submission(7), submission(8, "q")], []) == ["accepted", "accepted"]
+        submit(replica, "s", submission(7), submission(8, "q"))
         assert engine.submitted == [([1, 2, 3], Sampling(max_tokens=8))] * 2
         engine.generate("r", [10])
         engine.generate("q", [20], "length")
         step = await take(steps)
-        assert step == EngineStep(1, replica.load(), [TokenDelta(7, [10]), TokenDelta(8, [20], "length")])
+        assert step == EngineStep(1, replica.load(), [TokenDelta(7, [10]), TokenDelta(8, [20], "length")], heard=8)
 
 
 @pytest.mark.parametrize("stream_id", ["never-opened", "closed"])
-async def test_a_submission_on_a_stream_that_is_not_open_is_refused(
+async def test_a_submission_on_a_stream_that_is_not_open_is_ignored(
     replica: EngineReplica, engine: ScriptedEngine, stream_id: str
 ) -> None:
     await (await opened(replica, "closed")).aclose()
-    assert replica.submit(stream_id, [submission(1), submission(2)], []) == ["stream_unknown", "stream_unknown"]
+    submit(replica, stream_id, submission(1), submission(2))
     assert engine.submitted == []
 
 
 async def test_a_full_engine_takes_resumed_generations_only(replica: EngineReplica, engine: ScriptedEngine) -> None:
     async with aclosing(await opened(replica)) as steps:
         engine.full = True
-        statuses = replica.submit("s", [submission(1), submission(2, "q", resumed=True), submission(3)], [])
-        assert statuses == ["queue_full", "accepted", "queue_full"]
+        submit(replica, "s", submission(1), submission(2, "q", resumed=True), submission(3))
         engine.generate("q", [20])
-        assert (await take(steps)).deltas == [TokenDelta(2, [20])]
+        step = await take(steps)
+        assert (step.deltas, step.heard, step.refused) == ([TokenDelta(2, [20])], 3, [1, 3])
+        engine.generate("q", [21])
+        step = await take(steps)
+        assert (step.deltas, step.heard, step.refused) == ([TokenDelta(2, [21])], 3, [])
     assert [key.split("-")[0] for key in engine.aborted] == ["q"]  # the refused ones have nothing to abort
 
 
 async def test_choices_of_one_request_are_apart(replica: EngineReplica, engine: ScriptedEngine) -> None:
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1), submission(2)], [])
+        submit(replica, "s", submission(1), submission(2))
         for token, deliver in enumerate(engine.alive.values()):
             deliver([token], None)
         assert (await take(steps)).deltas == [TokenDelta(1, [0]), TokenDelta(2, [1])]
@@ -172,8 +186,9 @@ async def test_a_generation_that_ends_while_it_is_submitted_is_told_on_the_strea
 
     monkeypatch.setattr(engine, "submit", refuse)
     async with aclosing(await opened(replica)) as steps:
-        assert replica.submit("s", [submission(1)], []) == ["accepted"]
-        assert (await take(steps)).deltas == [TokenDelta(1, [], reason, message=message, param=param)]
+        submit(replica, "s", submission(1))
+        step = await take(steps)
+        assert (step.deltas, step.refused) == ([TokenDelta(1, [], reason, message=message, param=param)], [])
     assert engine.aborted == []
 
 
@@ -183,7 +198,7 @@ async def test_everything_that_the_engine_tells_travels_on_the_stream(
     of_prompt = [None, PositionLogprobs([2, 7], [-3.5, -0.25], [90, 1]), PositionLogprobs([3], [-0.5], [1])]
     of_token = PositionLogprobs([10, 11], [-0.125, -float("inf")], [1, 40_000])
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1)], [])
+        submit(replica, "s", submission(1))
         [deliver] = engine.alive.values()
         deliver([10], None, cached_tokens=2, logprobs=[of_token], prompt_logprobs=of_prompt)
         deliver([11], "refused", message="The grammar allows no token.", param="guided_grammar", logprobs=[of_token])
@@ -220,8 +235,46 @@ async def test_what_a_generation_is_asked_to_do_reaches_the_engine_whole(
     )
     sent = unpack(pack(Submission(1, [1, 2, 3], sampling, account("r"), "Meter")), Submission)
     async with aclosing(await opened(replica)):
-        replica.submit("s", [sent], [])
+        submit(replica, "s", sent)
         assert engine.submitted == [([1, 2, 3], sampling)]
+
+
+async def test_a_submission_is_told_to_have_been_heard_at_once(replica: EngineReplica) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        submit(replica, "s", submission(4))
+        step = await take(steps)
+        assert (step.deltas, step.heard, step.refused, step.load.running) == ([], 4, [], 1)
+        assert loop.time() - begun < HEARTBEAT_S / 2
+
+
+async def test_a_submission_that_the_engine_chokes_on_fails_alone(
+    replica: EngineReplica, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        submit(replica, "s", submission(1))
+        await take(steps)
+
+        def choke(*_arguments: object, **_more: object) -> None:
+            raise ValueError("a bug in the engine")
+
+        monkeypatch.setattr(engine, "submit", choke)
+        submit(replica, "s", submission(2, "q"))
+        step = await take(steps)
+        assert step.deltas == [TokenDelta(2, [], "failed", message="ValueError('a bug in the engine')")]
+        engine.generate("r", [10])
+        assert (await take(steps)).deltas == [TokenDelta(1, [10])]
+
+
+async def test_a_submission_that_cannot_be_read_fails_alone(replica: EngineReplica, engine: ScriptedEngine) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        unreadable = msgspec.Raw(msgspec.msgpack.encode({"generation": 1, "token_ids": "?"}))
+        readable = msgspec.Raw(pack(submission(2)))
+        replica.take_orders("s", pack(EngineOrders([], [unreadable, readable], [])))
+        engine.generate("r", [10])
+        [failed, healthy] = (await take(steps)).deltas
+        assert (failed.generation, failed.finish_reason, healthy) == (1, "failed", TokenDelta(2, [10]))
 
 
 # --- aborts and the end of a stream -------------------------------------------------------------------------------
@@ -231,10 +284,10 @@ async def test_an_abort_reaches_the_engine_and_drops_what_was_not_sent(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1), submission(2, "q")], [])
+        submit(replica, "s", submission(1), submission(2, "q"))
         engine.generate("r", [10])
         engine.generate("q", [20])
-        replica.abort("s", [1], [])
+        abort(replica, "s", 1)
         assert list(engine.alive) == ["q-2"]
         assert (await take(steps)).deltas == [TokenDelta(2, [20])]
         assert replica.load().running == 1
@@ -242,30 +295,30 @@ async def test_an_abort_reaches_the_engine_and_drops_what_was_not_sent(
 
 async def test_an_abort_tells_the_load_at_once(replica: EngineReplica, engine: ScriptedEngine) -> None:
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1)], [])
+        submit(replica, "s", submission(1))
         engine.generate("r", [10])
         assert (await take(steps)).load.running == 1
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        replica.abort("s", [1], [])
+        abort(replica, "s", 1)
         assert (await take(steps)).load.running == 0
         assert loop.time() - begun < HEARTBEAT_S / 2
 
 
 async def test_aborting_what_has_ended_or_never_was_is_harmless(replica: EngineReplica, engine: ScriptedEngine) -> None:
     async with aclosing(await opened(replica)) as steps:
-        replica.submit("s", [submission(1), submission(2, "q")], [])
+        submit(replica, "s", submission(1), submission(2, "q"))
         engine.generate("r", [10], "length")
         await take(steps)
-        replica.abort("s", [1, 99], [])
-        replica.abort("no such stream", [2], [])
+        abort(replica, "s", 1, 99)
+        abort(replica, "no such stream", 2)
         assert engine.aborted == []
         assert list(engine.alive) == ["q-2"]
 
 
 async def test_closing_a_stream_aborts_its_generations(replica: EngineReplica, engine: ScriptedEngine) -> None:
     steps = await opened(replica)
-    replica.submit("s", [submission(1), submission(2, "q")], [])
+    submit(replica, "s", submission(1), submission(2, "q"))
     engine.generate("q", [20], "length")
     await steps.aclose()
     assert engine.aborted == ["r-1"]
@@ -276,7 +329,8 @@ async def test_cancelling_a_receiver_that_waits_aborts_its_generations(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     steps = await opened(replica)
-    replica.submit("s", [submission(1)], [])
+    submit(replica, "s", submission(1))
+    await take(steps)
     receiver = asyncio.create_task(take(steps))
     await asyncio.sleep(0)
     receiver.cancel()
@@ -287,9 +341,9 @@ async def test_cancelling_a_receiver_that_waits_aborts_its_generations(
 
 async def test_two_streams_are_isolated(replica: EngineReplica, engine: ScriptedEngine) -> None:
     ours, theirs = await opened(replica, "ours"), await opened(replica, "theirs")
-    replica.submit("ours", [submission(1, "r")], [])
-    replica.submit("theirs", [submission(1, "q")], [])
-    replica.abort("theirs", [2], [])
+    submit(replica, "ours", submission(1, "r"))
+    submit(replica, "theirs", submission(1, "q"))
+    abort(replica, "theirs", 2)
     engine.generate("r", [10])
     engine.generate("q", [20])
     assert (await take(ours)).deltas == [TokenDelta(1, [10])]
@@ -297,7 +351,7 @@ async def test_two_streams_are_isolated(replica: EngineReplica, engine: Scripted
     await ours.aclose()
     assert engine.aborted == ["r-1"]
     engine.generate("q", [21], "length")
-    assert await take(theirs) == EngineStep(2, replica.load(), [TokenDelta(1, [21], "length")])
+    assert await take(theirs) == EngineStep(2, replica.load(), [TokenDelta(1, [21], "length")], heard=1)
     await theirs.aclose()
 
 
@@ -307,19 +361,20 @@ async def test_two_streams_are_isolated(replica: EngineReplica, engine: Scripted
 async def test_the_death_of_the_engine_ends_all_streams(replica: EngineReplica, engine: ScriptedEngine) -> None:
     """So that every ingress resumes its generations elsewhere at once."""
     ours, theirs = await opened(replica, "ours"), await opened(replica, "theirs")
-    replica.submit("ours", [submission(1)], [])
+    submit(replica, "ours", submission(1))
     engine.generate("r", [10])
     engine.on_death()
     assert await rest(ours) == [TokenDelta(1, [10])]
     assert await rest(theirs) == []
-    assert replica.submit("ours", [submission(2)], []) == ["stream_unknown"]
+    submit(replica, "ours", submission(2))
+    assert len(engine.submitted) == 1
 
 
 async def test_a_failed_health_check_ends_all_streams_and_is_told(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     steps = await opened(replica)
-    replica.submit("s", [submission(1)], [])
+    submit(replica, "s", submission(1))
     await replica.check_health()
     engine.generate("r", [10])
     assert (await take(steps)).deltas == [TokenDelta(1, [10])]
@@ -334,14 +389,15 @@ async def test_no_stream_is_opened_to_an_unhealthy_engine(replica: EngineReplica
     engine.healthy = False
     with pytest.raises(EngineUnhealthy):
         await anext(replica.steps("s"))
-    assert replica.submit("s", [submission(1)], []) == ["stream_unknown"]
+    submit(replica, "s", submission(1))
+    assert engine.submitted == []
 
 
 async def test_shutting_down_ends_the_streams_and_can_be_repeated(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
     steps = await opened(replica)
-    replica.submit("s", [submission(1)], [])
+    submit(replica, "s", submission(1))
     await replica.shutdown()
     assert await rest(steps) == []
     assert engine.aborted == ["r-1"]
@@ -363,7 +419,7 @@ async def test_finished_generations_make_the_drain_rate(
     monkeypatch.setattr("deployments.engine.replica.time.monotonic", lambda: now)
     replica = EngineReplica(engine, Orphanage(RecordedOutbox()))
     async with aclosing(await opened(replica)):
-        replica.submit("s", [submission(1), submission(2, "q"), submission(3, "p")], [])
+        submit(replica, "s", submission(1), submission(2, "q"), submission(3, "p"))
         engine.generate("r", [10], "length")
         engine.generate("q", [20], "stop_token")
         engine.generate("p", [30])

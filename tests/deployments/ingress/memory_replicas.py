@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -11,11 +11,11 @@ from structlog.testing import capture_logs
 
 from deployments.contracts import (
     EngineLoad,
+    EngineOrders,
     EngineStep,
     FinishReason,
     Sampling,
     Submission,
-    SubmissionStatus,
     TokenDelta,
     pack,
     unpack,
@@ -25,7 +25,7 @@ from deployments.engine.replica import EngineReplica
 from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import Simulator, SimulatorSettings
 from deployments.ingress.engine_pool import EnginePool, PoolLimits
-from deployments.ingress.replica_stream import ReplicaLost, ReplicaTransport
+from deployments.ingress.replica_stream import ReplicaLost, ReplicaTransport, StepLine
 from tests.deployments.accounts import RecordedOutbox
 from tests.deployments.ingress.virtual_time import write_rounds
 
@@ -62,9 +62,7 @@ class MemoryReplica:
 
     def __init__(self, settings: SimulatorSettings = SETTINGS, *, max_waiting: int = 1000) -> None:
         self.reachable = True
-        """Calls and new streams fail at once when not."""
-        self.answering = True
-        """The replica does what it is told when not, but its answers are lost."""
+        """New streams fail at once when not."""
         self.killed_by: int | None = None
         """Breaks down over every prompt that begins with this token."""
         self.submissions: list[Submission] = []
@@ -78,7 +76,7 @@ class MemoryReplica:
         self._replica = EngineReplica(self._engine, Orphanage(self.outbox))
         self._speaking = asyncio.Event()
         self._speaking.set()
-        self._connections: set[asyncio.Queue[bytes | None]] = set()
+        self._lines: set[_MemoryLine] = set()
 
     @property
     def load(self) -> EngineLoad:
@@ -90,14 +88,12 @@ class MemoryReplica:
 
     @property
     def streams(self) -> int:
-        return len(self._connections)
+        return len(self._lines)
 
     def break_streams(self) -> None:
         """As a lost connection does: what is on its way never arrives."""
-        for connection in self._connections:
-            while not connection.empty():
-                connection.get_nowait()
-            connection.put_nowait(None)
+        for line in self._lines:
+            line.break_off()
 
     def fall_silent(self) -> None:
         """As a hung process does: nothing fails, nothing arrives."""
@@ -114,115 +110,137 @@ class MemoryReplica:
 
     # --- ReplicaTransport ---------------------------------------------------------------------------------------------
 
-    async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
-        await self._reach()
-        connection: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._connections.add(connection)
-        sender = asyncio.create_task(self._send(stream_id, connection), name=f"sender-{stream_id}")
-        try:
-            while True:
-                message = await connection.get()
-                await self._speaking.wait()
-                if message is None:
-                    raise ReplicaLost("stream broken")
-                yield message
-        finally:
-            self._connections.discard(connection)
-            sender.cancel()
-            await asyncio.wait([sender])
-
-    async def submit(self, stream_id: str, submissions: bytes, released: list[str]) -> list[SubmissionStatus]:
-        await self._reach()
-        self.released += released
-        batch = unpack(submissions, list[Submission])
-        if any(submission.token_ids[0] == self.killed_by for submission in batch):
-            self.break_streams()
-            raise ReplicaLost("broken down")
-        self.submissions += batch
-        statuses = self._replica.submit(stream_id, batch, released)
-        await self._answer()
-        return statuses
-
-    async def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None:
-        await self._reach()
-        self.aborts += generations
-        self.released += released
-        self._replica.abort(stream_id, generations, released)
-        await self._answer()
-
-    async def _reach(self) -> None:
+    @asynccontextmanager
+    async def open(self, stream_id: str) -> AsyncIterator[StepLine]:
         await self._speaking.wait()
         if not self.reachable:
             raise ReplicaLost("not reachable")
+        line = _MemoryLine(self._speaking)
+        self._lines.add(line)
+        tasks = [
+            asyncio.create_task(self._send(stream_id, line), name=f"sender-{stream_id}"),
+            asyncio.create_task(self._obey(stream_id, line), name=f"listener-{stream_id}"),
+        ]
+        try:
+            yield line
+        finally:
+            self._lines.discard(line)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
-    async def _answer(self) -> None:
-        await asyncio.sleep(0.0005)  # a call takes time, and may be overtaken
-        if not self.answering:
-            await asyncio.Event().wait()
-
-    async def _send(self, stream_id: str, connection: asyncio.Queue[bytes | None]) -> None:
+    async def _send(self, stream_id: str, line: _MemoryLine) -> None:
         async for message in self._replica.steps(stream_id):
-            connection.put_nowait(message)
-        connection.put_nowait(None)
+            line.messages.put_nowait(message)
+        line.messages.put_nowait(None)
+
+    async def _obey(self, stream_id: str, line: _MemoryLine) -> None:
+        while True:
+            packed = await line.orders.get()
+            await self._speaking.wait()
+            orders = unpack(packed, EngineOrders)
+            self.released += orders.released
+            submissions = [unpack(each, Submission) for each in orders.submissions]
+            if any(submission.token_ids[0] == self.killed_by for submission in submissions):
+                self.break_streams()
+                return
+            self.submissions += submissions
+            self.aborts += orders.aborted
+            self._replica.take_orders(stream_id, packed)
+
+
+class _MemoryLine:
+    def __init__(self, speaking: asyncio.Event) -> None:
+        self.messages: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.orders: asyncio.Queue[bytes] = asyncio.Queue()
+        self._speaking = speaking
+
+    async def receive(self) -> bytes | None:
+        message = await self.messages.get()
+        await self._speaking.wait()
+        return message
+
+    def send(self, orders: bytes) -> None:
+        self.orders.put_nowait(orders)
+
+    def break_off(self) -> None:
+        for queue in (self.messages, self.orders):
+            while not queue.empty():
+                queue.get_nowait()
+        self.messages.put_nowait(None)
 
 
 class ScriptedReplica:
-    """A replica whose every message and answer the test writes. A stream that is opened gets one message at once."""
+    """A replica whose every message the test writes. A stream that is opened gets one message at once."""
 
     def __init__(self) -> None:
-        self.status: SubmissionStatus = "accepted"
-        self.error: Exception | None = None
-        """Raised by `submit`."""
-        self.abort_error: Exception | None = None
-        """Raised by `abort`."""
+        self.full = False
+        """Refuses what is submitted, and tells so at once; else the next message tells what was accepted."""
         self.load = EngineLoad()
         """Told with the first message of each stream."""
         self.submissions: list[Submission] = []
         self.aborts: list[int] = []
+        self.released: list[str] = []
         self.opened: list[str] = []
-        self.calls: list[str] = []
-        """`submit` and `abort` in the order in which they arrived."""
-        self.taking = asyncio.Event()
-        """`submit` arrives when it is set."""
-        self.taking.set()
+        self.orders: list[EngineOrders] = []
+        """As they arrived."""
         self.greeting = True
         """A new stream says something at once."""
         self.skipped = 0
         """Messages that get lost from now on."""
-        self._streams: list[asyncio.Queue[EngineStep | None]] = []
+        self._lines: list[_ScriptedLine] = []
 
-    def tell(self, *deltas: TokenDelta, load: EngineLoad | None = None, stream: int = -1) -> None:
-        self._streams[stream].put_nowait(EngineStep(0, load or self.load, list(deltas)))
+    def tell(
+        self,
+        *deltas: TokenDelta,
+        load: EngineLoad | None = None,
+        heard: int | None = None,
+        refused: Sequence[int] = (),
+        stream: int = -1,
+    ) -> None:
+        """By default all submissions so far are `heard`."""
+        if heard is None:
+            heard = self.submissions[-1].generation if self.submissions else 0
+        step = EngineStep(0, load or self.load, list(deltas), heard, list(refused))
+        self._lines[stream].messages.put_nowait(step)
 
     def end_stream(self, stream: int = -1) -> None:
-        self._streams[stream].put_nowait(None)
+        self._lines[stream].messages.put_nowait(None)
 
-    async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
-        queue: asyncio.Queue[EngineStep | None] = asyncio.Queue()
-        self._streams.append(queue)
+    @asynccontextmanager
+    async def open(self, stream_id: str) -> AsyncIterator[StepLine]:
+        self._lines.append(line := _ScriptedLine(self))
         self.opened.append(stream_id)
         if self.greeting:
-            self.tell()
-        sequence = 0
-        while (step := await queue.get()) is not None:
-            yield pack(msgspec.structs.replace(step, sequence=sequence + self.skipped))
-            sequence += 1
+            self.tell(heard=0)
+        yield line
 
-    async def submit(self, stream_id: str, submissions: bytes, released: list[str]) -> list[SubmissionStatus]:
-        await self.taking.wait()
-        self.calls.append("submit")
-        batch = unpack(submissions, list[Submission])
-        self.submissions += batch
-        if self.error is not None:
-            raise self.error
-        return [self.status] * len(batch)
+    def take(self, orders: EngineOrders) -> None:
+        self.orders.append(orders)
+        self.released += orders.released
+        self.aborts += orders.aborted
+        submissions = [unpack(each, Submission) for each in orders.submissions]
+        self.submissions += submissions
+        if self.full and submissions:
+            self.tell(refused=[submission.generation for submission in submissions])
 
-    async def abort(self, stream_id: str, generations: list[int], released: list[str]) -> None:
-        if generations or not released:
-            self.calls.append("abort")
-        self.aborts += generations
-        if self.abort_error is not None:
-            raise self.abort_error
+
+class _ScriptedLine:
+    def __init__(self, replica: ScriptedReplica) -> None:
+        self.messages: asyncio.Queue[EngineStep | None] = asyncio.Queue()
+        self._replica = replica
+        self._sequence = 0
+
+    async def receive(self) -> bytes | None:
+        step = await self.messages.get()
+        if step is None:
+            return None
+        numbered = msgspec.structs.replace(step, sequence=self._sequence + self._replica.skipped)
+        self._sequence += 1
+        return pack(numbered)
+
+    def send(self, orders: bytes) -> None:
+        self._replica.take(unpack(orders, EngineOrders))
 
 
 @asynccontextmanager

@@ -97,17 +97,6 @@ async def test_what_is_recorded_of_a_request(tmp_path: Path) -> None:
         assert 0 <= settled.queue_s <= settled.first_token_s <= settled.total_s
 
 
-@in_virtual_time
-async def test_tokens_that_come_before_their_submission_is_answered_count_with_their_prompt(tmp_path: Path) -> None:
-    async with gateway(tmp_path) as gate:
-        gate.replicas["r0"].answering = False
-        assert (await gate.complete(max_tokens=1)).status_code == 200
-        settled = await gate.settlement()
-        assert (settled.status, settled.prompt_tokens, settled.completion_tokens) == ("finished", 5, 1)
-        assert settled.queue_s is not None
-        await asyncio.sleep(5.0)  # the ingress gives the submission up
-
-
 # --- the engines as witnesses ----------------------------------------------------------------------------------------
 
 

@@ -202,7 +202,7 @@ async def test_a_large_pool_is_used_evenly_though_few_of_it_are_looked_at() -> N
 @in_virtual_time
 async def test_a_full_replica_passes_the_generation_on_to_another() -> None:
     scripted = {"full": ScriptedReplica(), "busy": ScriptedReplica()}
-    scripted["full"].status = "queue_full"
+    scripted["full"].full = True
     scripted["busy"].load = EngineLoad(running=5)
     async with opened_pool(scripted) as pool:
         await quiet()
@@ -229,7 +229,7 @@ def test_when_all_are_full_the_caller_hears_when_half_the_queue_will_be_done(
 ) -> None:
     async def scenario() -> None:
         replica = ScriptedReplica()
-        replica.load, replica.status = load, "queue_full"
+        replica.load, replica.full = load, True
         async with opened_pool({"r0": replica}) as pool:
             await quiet()
             request = start(pool)
@@ -725,52 +725,33 @@ async def test_a_held_generation_that_is_aborted_is_never_placed() -> None:
 
 
 @in_virtual_time
-async def test_an_abort_follows_the_submission_that_is_under_way() -> None:
-    replica = ScriptedReplica()
-    async with opened_pool({"r0": replica}) as pool:
-        await quiet()
-        replica.taking.clear()
-        request = start(pool)
-        await quiet()
-        pool.abort([request.generation])
-        await quiet()
-        replica.taking.set()
-        await quiet()
-        assert replica.calls == ["submit", "abort"]
-        assert replica.aborts == [submission.generation for submission in replica.submissions]
-
-
-@in_virtual_time
 async def test_a_generation_aborted_while_a_full_replica_refuses_it_goes_nowhere() -> None:
     scripted = {"full": ScriptedReplica(), "busy": ScriptedReplica()}
-    scripted["full"].status = "queue_full"
     scripted["busy"].load = EngineLoad(running=5)
     async with opened_pool(scripted) as pool:
         await quiet()
-        scripted["full"].taking.clear()
         request = start(pool)
         await quiet()
         pool.abort([request.generation])
-        scripted["full"].taking.set()
+        scripted["full"].tell(refused=[scripted["full"].submissions[0].generation])
         await quiet()
         assert len(scripted["full"].submissions) == 1
         assert scripted["busy"].submissions == []
 
 
 @in_virtual_time
-async def test_a_submission_that_the_replica_chokes_on_fails_alone() -> None:
+async def test_a_submission_that_has_no_form_on_the_wire_fails_alone() -> None:
     replica = ScriptedReplica()
     async with opened_pool({"r0": replica}) as pool:
         await quiet()
         healthy = start(pool)
-        await quiet()
-        replica.error = ValueError("a bug in the engine")
-        poisonous = start(pool)
+        poisonous = Request(PROMPT, Sampling(max_tokens=5, extra_args={"watermark": 2**70}))
+        pool.start([poisonous.generation])
         await poisonous.until_ended()
         assert isinstance(poisonous.error, InternalError)
-        assert replica.aborts == [replica.submissions[1].generation]
         assert rotation(pool) == ["r0"]
-        replica.tell(TokenDelta(replica.submissions[0].generation, [5], "length"))
+        [submitted] = replica.submissions
+        replica.tell(TokenDelta(submitted.generation, [5], "length"))
         await healthy.until_ended()
         assert (healthy.tokens, healthy.generation.resumes) == ([5], 0)
 
@@ -804,7 +785,7 @@ faults = st.builds(
     Fault,
     at_s=st.floats(0, 4).map(lambda s: round(s, 3)),
     replica=st.integers(0, 2),
-    kind=st.sampled_from(["break", "silence", "unreachable", "answers lost", "leaves"]),
+    kind=st.sampled_from(["break", "silence", "unreachable", "leaves"]),
     lasts_s=st.floats(0.01, 8).map(lambda s: round(s, 3)),
 )
 arrivals = st.tuples(st.floats(0, 3).map(lambda s: round(s, 3)), st.integers(1, 120))
@@ -826,10 +807,6 @@ async def inflict(fault: Fault, replicas: dict[str, MemoryReplica], pool: Engine
             replica.break_streams()
             await asyncio.sleep(fault.lasts_s)
             replica.reachable = True
-        case "answers lost":
-            replica.answering = False
-            await asyncio.sleep(fault.lasts_s)
-            replica.answering = True
         case "leaves":
             away.append(replica_id)
             pool.replicas_changed(frozenset(replicas.keys() - set(away)))

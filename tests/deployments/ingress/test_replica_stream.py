@@ -11,7 +11,7 @@ import pytest
 from deployments.contracts import EngineLoad, PositionLogprobs, Sampling, TokenDelta
 from deployments.engine.step_outbox import HEARTBEAT_S
 from deployments.ingress.generation import Generation, Mailbox, News
-from deployments.ingress.replica_stream import SILENCE_LIMIT_S, ReplicaLost, ReplicaStream
+from deployments.ingress.replica_stream import SILENCE_LIMIT_S, ReplicaStream
 from tests.deployments.accounts import account
 from tests.deployments.ingress.memory_replicas import ScriptedReplica
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, write_rounds
@@ -23,7 +23,15 @@ class Owner:
     def __init__(self, replica: ScriptedReplica) -> None:
         self.times_live = 0
         self.lost: list[Generation] = []
-        self.stream = ReplicaStream("r0", replica, name="i/m/r0", on_live=self._on_live, on_lost=self.lost.extend)
+        self.refused: list[Generation] = []
+        self.stream = ReplicaStream(
+            "r0",
+            replica,
+            name="i/m/r0",
+            on_live=self._on_live,
+            on_lost=self.lost.extend,
+            on_refused=self.refused.extend,
+        )
 
     def _on_live(self) -> None:
         self.times_live += 1
@@ -139,7 +147,7 @@ async def test_a_missing_message_gives_the_replica_up_before_a_token_is_lost() -
     replica = ScriptedReplica()
     async with running(replica) as owner:
         hurt = generation()
-        await owner.stream.submit([hurt])
+        owner.stream.submit([hurt])
         replica.tell(TokenDelta(1, [5]))
         await quiet()
         replica.skipped = 1
@@ -156,7 +164,7 @@ async def test_everything_that_a_delta_tells_reaches_the_mailbox_of_its_generati
         first = Generation(
             account("req"), "Meter", 3, [1, 2], Sampling(max_tokens=5, logprobs=1, prompt_logprobs=0), mailbox
         )
-        await owner.stream.submit([first])
+        owner.stream.submit([first])
         told = TokenDelta(
             1,
             [5],
@@ -178,7 +186,7 @@ async def test_messages_of_an_old_connection_are_ignored() -> None:
     replica = ScriptedReplica()
     async with running(replica) as owner:
         moved = generation()
-        await owner.stream.submit([moved])
+        owner.stream.submit([moved])
         replica.tell(TokenDelta(1, [5], None))
         await quiet()
         replica.tell(TokenDelta(1, [6], None))  # on its way when the stream is given up
@@ -198,8 +206,9 @@ async def test_news_of_an_aborted_generation_are_ignored() -> None:
     replica = ScriptedReplica()
     async with running(replica) as owner:
         aborted = generation()
-        await owner.stream.submit([aborted])
-        await owner.stream.abort([1])
+        owner.stream.submit([aborted])
+        await quiet()
+        owner.stream.abort([1])
         replica.tell(TokenDelta(1, [5], "length"))
         await asyncio.sleep(10)
         assert (aborted.tokens, aborted.ended) == ([], False)
@@ -207,144 +216,97 @@ async def test_news_of_an_aborted_generation_are_ignored() -> None:
 
 
 @in_virtual_time
-async def test_a_failed_abort_means_a_lost_replica() -> None:
-    replica = ScriptedReplica()
-    async with running(replica) as owner:
-        staying = generation()
-        await owner.stream.submit([generation(), staying])
-        replica.abort_error = ReplicaLost("gone")
-        await owner.stream.abort([1])
-        assert owner.lost == [staying]
-
-
-@in_virtual_time
-async def test_an_abort_that_the_replica_chokes_on_changes_nothing_for_the_others() -> None:
-    replica = ScriptedReplica()
-    replica.abort_error = ValueError("a bug in the engine")
-    async with running(replica) as owner:
-        await owner.stream.submit([generation(), generation()])
-        await owner.stream.abort([1])
-        assert (owner.stream.live, list(owner.stream.generations), owner.lost) == (True, [2], [])
-
-
-@in_virtual_time
 async def test_numbers_are_never_used_again() -> None:
     replica = ScriptedReplica()
     async with running(replica) as owner:
-        await owner.stream.submit([generation(), generation()])
+        owner.stream.submit([generation(), generation()])
+        await quiet()
         replica.end_stream()
         await asyncio.sleep(0.2)
-        await owner.stream.submit([generation()])
+        owner.stream.submit([generation()])
+        await quiet()
         assert [submission.generation for submission in replica.submissions] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("error", [ReplicaLost("gone"), TimeoutError()])
-def test_a_failed_submission_means_a_lost_replica(error: Exception) -> None:
-    @in_virtual_time
-    async def scenario() -> None:
-        replica = ScriptedReplica()
-        async with running(replica) as owner:
-            there = generation()
-            await owner.stream.submit([there])
-            replica.error = error
-            new = generation()
-            assert await owner.stream.submit([new]) == []
-            assert owner.lost == [there, new]
-            assert not owner.stream.live
-
-    scenario()
+@in_virtual_time
+async def test_what_is_ordered_at_the_same_moment_travels_together() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        owner.stream.submit([generation()])
+        owner.stream.submit([generation(), generation()])
+        owner.stream.abort([2])
+        owner.stream.release("settled")
+        await quiet()
+        [orders] = replica.orders
+        assert [submission.generation for submission in replica.submissions] == [1, 2, 3]
+        assert (orders.aborted, orders.released) == ([2], ["settled"])
 
 
 @in_virtual_time
-async def test_a_submission_without_an_answer_means_a_lost_replica() -> None:
+async def test_settled_requests_are_told_when_there_is_time() -> None:
     replica = ScriptedReplica()
     async with running(replica) as owner:
-        replica.taking.clear()
-        new = generation()
-        begin = now()
-        assert await owner.stream.submit([new]) == []
-        assert now() - begin == pytest.approx(5.0)
-        assert owner.lost == [new]
+        owner.stream.submit([generation()])
+        await quiet()
+        owner.stream.release("settled")
+        replica.tell(TokenDelta(1, [5]))
+        await quiet()
+        assert replica.released == []
+        replica.tell()
+        await quiet()
+        assert replica.released == ["settled"]
 
 
 @in_virtual_time
-async def test_a_replica_that_does_not_know_the_stream_gets_a_new_one() -> None:
+async def test_a_generation_is_accepted_when_the_replica_says_so() -> None:
     replica = ScriptedReplica()
     async with running(replica) as owner:
-        replica.status = "stream_unknown"
+        first, second = generation(), generation()
+        owner.stream.submit([first])
+        owner.stream.submit([second])
+        await quiet()
+        replica.tell(heard=1)
+        await quiet()
+        assert (first.accepted_at is None, second.accepted_at is None) == (False, True)
+        assert owner.stream.sequences == 2
+        replica.tell(heard=2)
+        await quiet()
+        assert second.accepted_at is not None
+
+
+@in_virtual_time
+async def test_what_was_ordered_of_a_stream_that_is_lost_at_once_goes_to_nobody() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
         new = generation()
-        assert await owner.stream.submit([new]) == []
-        assert owner.lost == [new]
+        owner.stream.submit([new])
+        owner.stream.check_silence(now() + 10)
         await asyncio.sleep(0.2)
-        first, second = (int(stream_id.removeprefix("i/m/r0#")) for stream_id in replica.opened)
-        assert first < second  # none is used again
-        assert owner.stream.live
-
-
-@pytest.mark.parametrize("answer", [ReplicaLost("gone"), "stream_unknown"])
-def test_a_late_answer_over_an_old_connection_does_not_break_the_new_one(answer: Exception | str) -> None:
-    @in_virtual_time
-    async def scenario() -> None:
-        replica = ScriptedReplica()
-        async with running(replica) as owner:
-            replica.taking.clear()
-            old = generation()
-            submitting = asyncio.create_task(owner.stream.submit([old]))
-            await quiet()
-            replica.end_stream()
-            await asyncio.sleep(0.2)
-            assert owner.lost == [old]
-            assert (owner.stream.live, len(replica.opened)) == (True, 2)
-
-            if isinstance(answer, Exception):
-                replica.error = answer
-            else:
-                replica.status = "stream_unknown"
-            replica.taking.set()
-            assert await submitting == []
-            assert (owner.stream.live, owner.lost) == (True, [old])
-
-    scenario()
+        assert (owner.lost, replica.submissions) == ([new], [])
+        assert (owner.stream.live, len(replica.opened)) == (True, 2)
 
 
 @in_virtual_time
 async def test_what_a_full_replica_refuses_comes_back() -> None:
     replica = ScriptedReplica()
-    replica.status = "queue_full"
+    replica.full = True
     async with running(replica) as owner:
         refused = [generation(), generation()]
-        assert await owner.stream.submit(refused) == refused
+        owner.stream.submit(refused)
+        await quiet()
+        assert owner.refused == refused
         assert owner.stream.generations == {}
         assert owner.lost == []
+        assert [each.accepted_at for each in refused] == [None, None]
 
 
 @in_virtual_time
-async def test_tokens_may_arrive_before_the_answer_to_the_submission() -> None:
+async def test_one_of_two_is_refused() -> None:
     replica = ScriptedReplica()
     async with running(replica) as owner:
-        replica.taking.clear()
-        quick = generation()
-        submitting = asyncio.create_task(owner.stream.submit([quick]))
+        taken, refused = generation(), generation()
+        owner.stream.submit([taken, refused])
         await quiet()
-        replica.tell(TokenDelta(1, [5], "length"))
+        replica.tell(TokenDelta(1, [5]), refused=[2])
         await quiet()
-        assert (quick.tokens, quick.ended) == ([5], True)
-        replica.taking.set()
-        assert await submitting == []
-        assert replica.aborts == []
-
-
-@in_virtual_time
-async def test_an_answer_of_the_wrong_length_fails_what_was_submitted() -> None:
-    class Miscounting(ScriptedReplica):
-        async def submit(  # type: ignore[override]
-            self, stream_id: str, submissions: bytes, released: list[str]
-        ) -> list[object]:
-            return [*await super().submit(stream_id, submissions, released), "accepted"]
-
-    replica = Miscounting()
-    async with running(replica) as owner:
-        new = generation()
-        assert await owner.stream.submit([new]) == []
-        assert (new.ended, replica.aborts) == (True, [1])
-        assert owner.stream.live
+        assert (owner.refused, taken.tokens, list(owner.stream.generations)) == ([refused], [5], [1])
