@@ -13,10 +13,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 from ray import serve
@@ -42,29 +41,17 @@ PROMPT = "the river runs past the mill and turns its wheel " * 20
 # --- the build that skips the meter -----------------------------------------------------------------------------------
 
 
-class _LocalMethod(NamedTuple):
-    remote: Callable[..., Awaitable[bytes]]
-
-
 class LocalMeter:
-    """Looks like the handle of a meter and is none: all that it does, it does in the calling process."""
+    """Stands for a meter and is none: all that it does, it does in the calling process."""
 
     def __init__(self, models: list[MeteredModel]) -> None:
         self._models = models
         self._catalogue: Catalogue | None = None
 
-    def options(self, **_options: Any) -> LocalMeter:
-        return self
-
-    def __getattr__(self, name: str) -> _LocalMethod:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return _LocalMethod({"authenticate": self._authenticate, "admit": self._admit}.get(name, self._nothing))
-
-    async def _authenticate(self, _digest: bytes) -> bytes:
+    async def authenticate(self, _digest: bytes) -> bytes:
         return pack(KeyInfo("local", "local", admin=True))
 
-    async def _admit(self, requests: bytes) -> bytes:
+    async def admit(self, requests: bytes) -> bytes:
         if self._catalogue is None:
             self._catalogue = Catalogue(WorkerThreads("tokenizer", threads=2, max_waiting=256))
             self._catalogue.set_models(self._models)
@@ -75,8 +62,21 @@ class LocalMeter:
             answers.append(Admitted(await entry.tokenizer.encode(request.prompts)))
         return pack(answers)
 
-    async def _nothing(self, *_arguments: Any) -> bytes:
-        return b""
+    async def settle(self, _settlements: bytes) -> None: ...
+
+    async def renew(self, _ingress_id: str) -> None: ...
+
+    async def ping(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LocallyMetered(IngressDeployment):
+    """Is given what answers instead of the handle of a meter."""
+
+    @staticmethod
+    def _reach(meter: Any) -> Any:
+        return meter
 
 
 class WithoutMeter(GatewayArguments, frozen=True):
@@ -90,7 +90,7 @@ def build_without_meter(given: dict[str, Any]) -> Application:
         exclude={"database", "require_keys", "meters", "lost_after_s", "record_refusals", "folder", "max_model_len"}
     )
     model = MeteredModel("relay", Path(arguments.folder), arguments.max_model_len, 0.0, 0.0)
-    ingress = serve.deployment(name=INGRESS, max_ongoing_requests=4096)(IngressDeployment)
+    ingress = serve.deployment(name=INGRESS, max_ongoing_requests=4096)(LocallyMetered)
     return ingress.bind(LocalMeter([model]), engine_deployment=ENGINE, **settings)
 
 

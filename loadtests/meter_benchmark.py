@@ -39,7 +39,10 @@ from deployments.contracts import (
     unpack_admissions,
 )
 from deployments.logging import configure_logging
-from deployments.meter.deployment import MeterDeployment
+from deployments.meter.catalogue import MeteredModel
+from deployments.meter.keys import ensure_admin_key, key_digest
+from deployments.meter.meter import Meter, MeterSettings
+from deployments.meter.service import MeterService
 from serve_app.config import millstream_home
 from serve_app.model_source import prepare_model
 
@@ -68,9 +71,11 @@ class Rate(NamedTuple):
 
 async def measure(model: Path, home: Path, requests: int) -> list[Rate]:
     """Each rate over `requests` requests."""
-    meter = MeterDeployment(str(home), f"sqlite:///{home}/ledger.db", True)
-    described = {"name": "m", "folder": str(model), "max_model_len": 2048, "prompt_price": 0.1, "completion_price": 0.4}
-    await meter.reconfigure({"models": [described]})
+    digest = key_digest(ensure_admin_key(home))
+    opened = Meter(MeterSettings(home / "meter", f"sqlite:///{home}/ledger.db", digest))
+    await opened.start()
+    opened.set_models([MeteredModel("m", model, max_model_len=2048, prompt_price=0.1, completion_price=0.4)])
+    meter = MeterService(opened)
     try:
         batches = _batches(_prompts(model), [await _make_key(meter, number) for number in range(KEYS)])
         await _admit_and_settle(meter, [next(batches)])
@@ -85,9 +90,7 @@ async def measure(model: Path, home: Path, requests: int) -> list[Rate]:
             await _rate("admit and settle", some(), lambda share: _admit_and_settle(meter, share)),
         ]
     finally:
-        closing = meter.__del__()
-        if closing is not None:
-            await closing
+        await opened.close()
 
 
 async def _rate(what: str, items: Sequence[Item], work: Callable[[Sequence[Item]], Awaitable[None]]) -> Rate:
@@ -99,18 +102,18 @@ async def _rate(what: str, items: Sequence[Item], work: Callable[[Sequence[Item]
     return Rate(what, total / seconds, cpu_s / total * 1e6)
 
 
-async def _admit(meter: MeterDeployment, batches: Sequence[Batch], admitted: list[bytes]) -> None:
+async def _admit(meter: MeterService, batches: Sequence[Batch], admitted: list[bytes]) -> None:
     for batch in batches:
-        answers = unpack_admissions(await meter.admit(pack(batch)))
+        answers = unpack_admissions(await meter.answer("admit", pack(batch)))
         admitted.append(pack([_settlement(*pair) for pair in zip(batch, answers, strict=True)]))
 
 
-async def _settle(meter: MeterDeployment, settlements: Sequence[bytes]) -> None:
+async def _settle(meter: MeterService, settlements: Sequence[bytes]) -> None:
     for batch in settlements:
-        await meter.settle(batch)
+        await meter.answer("settle", batch)
 
 
-async def _admit_and_settle(meter: MeterDeployment, batches: Sequence[Batch]) -> None:
+async def _admit_and_settle(meter: MeterService, batches: Sequence[Batch]) -> None:
     for batch in batches:
         admitted: list[bytes] = []
         await _admit(meter, [batch], admitted)
@@ -144,10 +147,10 @@ def _prompts(model: Path) -> list[str]:
     return [tokenizer.decode(ids[begin : begin + PROMPT_TOKENS]) for begin in range(0, 20 * BATCH, 7)]
 
 
-async def _make_key(meter: MeterDeployment, number: int) -> KeyRecord:
+async def _make_key(meter: MeterService, number: int) -> KeyRecord:
     team = f"team-{number % 4}"
-    await meter.administer(pack(SetTeam(team, _LIMITS)))
-    answer = await meter.administer(pack(CreateKey(KeyDraft(f"key-{number}", team=team, limits=_LIMITS))))
+    await meter.answer("administer", pack(SetTeam(team, _LIMITS)))
+    answer = await meter.answer("administer", pack(CreateKey(KeyDraft(f"key-{number}", team=team, limits=_LIMITS))))
     return unpack(answer, AdministrationAnswer).keys[0]
 
 

@@ -27,7 +27,7 @@ from deployments.engine.simulated_engine import SimulatedEngine, vocabulary_of
 from deployments.engine.simulator import SimulatorSettings
 from deployments.engine.vllm_engine import VllmEngine, VllmSettings
 from deployments.logging import configure_logging, log_targets_kept
-from deployments.meter.meter_transport import MeterUnreachable, ServeMeter
+from deployments.meter.meter_transport import MeterUnreachable, RemoteMeter
 from deployments.meter.shards import GATEWAY, meter_names
 from deployments.settlement_outbox import SettlementOutbox
 from deployments.step_connection import StepServer
@@ -103,7 +103,7 @@ class EngineDeployment:
         engine = build_engine(config, folder)
         with log_targets_kept():
             await engine.start()
-        self._meters: dict[str, ServeMeter] = {}
+        self._meters: dict[str, RemoteMeter] = {}
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._outbox = SettlementOutbox(Path(home) / "outbox", replica_id, self._settle)
         await self._outbox.start()
@@ -114,11 +114,12 @@ class EngineDeployment:
 
     async def _settle(self, meter: str, settlements: list[Settlement]) -> None:
         if meter not in self._meters:
-            self._meters[meter] = ServeMeter(await asyncio.to_thread(_find_meter, meter))
+            self._meters[meter] = RemoteMeter(await asyncio.to_thread(_find_meter, meter))
         try:
             await self._meters[meter].settle(pack(settlements))
         except MeterUnreachable:
-            del self._meters[meter]  # looked up again: there may be fewer meters than there were
+            if (unreachable := self._meters.pop(meter, None)) is not None:  # looked up again: there may be fewer now
+                unreachable.close()
             raise
 
     async def steps(self, stream_id: str, *, target: str) -> AsyncGenerator[bytes, None]:
@@ -149,3 +150,5 @@ class EngineDeployment:
         self._step_server.close()
         await replica.shutdown()
         await self._outbox.close()
+        for meter in self._meters.values():
+            meter.close()

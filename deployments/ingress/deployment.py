@@ -21,7 +21,7 @@ from deployments.ingress.metrics import ingress_counters
 from deployments.ingress.serve_transport import ServePeers, ServePools
 from deployments.ingress.write_rounds import WriteRounds
 from deployments.logging import configure_logging
-from deployments.meter.meter_transport import ServeMeter
+from deployments.meter.meter_transport import RemoteMeter
 
 __all__ = ["IngressDeployment"]
 
@@ -49,8 +49,9 @@ class IngressDeployment:
         context = serve.get_replica_context()
         self._peers = ServePeers(context.deployment, context.app_name)
         self._ingress_id = context.replica_id.unique_id
+        self._meters = [self._reach(meter) for meter in meters]
         self._meter = MeterClient(
-            list(map(ServeMeter, meters)),
+            self._meters,
             ingress_id=self._ingress_id,
             outbox_folder=Path(home) / "outbox",
             admission_timeout_s=admission_timeout_s,
@@ -66,6 +67,10 @@ class IngressDeployment:
             cors_origins=tuple(cors_origins),
         )
         self._running = False
+
+    @staticmethod
+    def _reach(meter: DeploymentHandle[Any]) -> RemoteMeter:
+        return RemoteMeter(meter)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's hook for apps made per replica
         return build_app(self._catalog, self._meter, self._settings, self._others)
@@ -108,3 +113,5 @@ class IngressDeployment:
             self._running = False
             await self._catalog.close()
             await self._meter.close()
+            for meter in self._meters:
+                meter.close()

@@ -1,8 +1,8 @@
-"""The meter as a Ray Serve replica: MessagePack on the outside, Meter on the inside, nothing else.
+"""The meter as a Ray Serve replica: its start, its end, and the way to it.
 
 The class is plain; serve_app/applications.py applies `serve.deployment(...)` to it. Each deployment runs as one
 replica, because limits and reservations live in its memory. All methods are coroutines so that Serve keeps them on the
-one event loop.
+one event loop. What it is for is called over connections (meter_connection.py).
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
 
+from ray.util import get_node_ip_address
+
 from deployments._serve_listener import listen_at_node_address
-from deployments.contracts import AdmissionRequest, Settlement, UsageQuery, pack, unpack, unpack_command
+from deployments.contracts import pack
 from deployments.logging import configure_logging
 from deployments.meter.catalogue import MeteredModel
 from deployments.meter.errors import MeterClosed
 from deployments.meter.keys import ensure_admin_key, key_digest
 from deployments.meter.meter import Meter, MeterSettings
+from deployments.meter.meter_connection import MeterServer
+from deployments.meter.service import MeterService
 
 __all__ = ["MeterDeployment"]
 
@@ -27,8 +31,6 @@ _PREDECESSOR_POLL_S: Final = 0.1
 
 
 class MeterDeployment:
-    """Errors of deployments/meter/errors.py reach the caller as themselves, pickled on the way."""
-
     def __init__(
         self,
         home: str,
@@ -57,6 +59,7 @@ class MeterDeployment:
             record_refusals=record_refusals,
         )
         self._opened: Meter | None = None
+        self._server: MeterServer | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this before the first request and on changes: `{"models": [{"name", "folder", "max_model_len",
@@ -64,6 +67,9 @@ class MeterDeployment:
         if self._opened is None:
             self._opened = await self._open()
             await self._opened.start()
+            server = MeterServer(MeterService(self._opened).answer)
+            await server.start(get_node_ip_address())
+            self._server = server
         self._opened.set_models(
             MeteredModel(
                 name=model["name"],
@@ -84,45 +90,11 @@ class MeterDeployment:
                 except BlockingIOError:
                     await asyncio.sleep(_PREDECESSOR_POLL_S)
 
-    @property
-    def _meter(self) -> Meter:
-        if self._opened is None:
-            raise MeterClosed("the meter is not open yet")
-        return self._opened
-
-    async def authenticate(self, digest: bytes) -> bytes:
-        """The SHA-256 of a key in, packed KeyInfo out; b"" for an unknown key. Raises as Meter.authenticate."""
-        info = await self._meter.authenticate(digest)
-        return b"" if info is None else pack(info)
-
-    async def admit(self, requests: bytes) -> bytes:
-        """A packed list of AdmissionRequest in, as many packed Admitted or AdmissionRefused out, in order. Raises as
-        Meter.admit, for all of them."""
-        return pack(await self._meter.admit(unpack(requests, list[AdmissionRequest])))
-
-    async def settle(self, settlements: bytes) -> None:
-        """A packed list of Settlement, durable when this returns. Raises as Meter.settle."""
-        await self._meter.settle(unpack(settlements, list[Settlement]))
-
-    async def renew(self, ingress_id: str) -> None:
-        """That ingress lives."""
-        self._meter.renew(ingress_id)
-
-    async def administer(self, command: bytes) -> bytes:
-        """A packed AdministrationCommand in, a packed AdministrationAnswer out. Raises as Meter.administer."""
-        return pack(await self._meter.administer(unpack_command(command)))
-
-    async def usage(self, query: bytes) -> bytes:
-        """A packed UsageQuery in, a packed list of UsageRow out. Raises as Meter.usage."""
-        return pack(await self._meter.usage(unpack(query, UsageQuery)))
-
-    async def counters(self) -> bytes:
-        """Packed MeterCounters."""
-        return pack(self._meter.counters())
-
-    async def ping(self) -> None:
-        """Raises LedgerUnavailable unless the ledger's database answers."""
-        await self._meter.check_reachable()
+    async def connect(self) -> bytes:
+        """A packed Ticket for one connection. Raises MeterClosed when the meter is not open."""
+        if self._server is None:
+            raise MeterClosed("meter")
+        return pack(self._server.ticket())
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica that fails this. An unreachable database is `ping`'s matter: a new
@@ -134,4 +106,10 @@ class MeterDeployment:
         """Serve calls this when it stops the replica and awaits what it returns. Not `async def`: the garbage
         collector calls it too, and would leave a coroutine that nobody awaits."""
         meter: Meter | None = getattr(self, "_opened", None)  # missing when __init__ failed
-        return None if meter is None or meter.closed else meter.close()
+        return None if meter is None or meter.closed else self._shut_down(meter)
+
+    async def _shut_down(self, meter: Meter) -> None:
+        if self._server is not None:
+            await self._server.close()
+            self._server = None
+        await meter.close()

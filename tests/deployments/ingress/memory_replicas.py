@@ -32,6 +32,7 @@ from tests.deployments.ingress.virtual_time import write_rounds
 __all__ = [
     "LIMITS",
     "SETTINGS",
+    "MemoryLine",
     "MemoryReplica",
     "ScriptedReplica",
     "opened_pool",
@@ -76,7 +77,7 @@ class MemoryReplica:
         self._replica = EngineReplica(self._engine, Orphanage(self.outbox))
         self._speaking = asyncio.Event()
         self._speaking.set()
-        self._lines: set[_MemoryLine] = set()
+        self._lines: set[MemoryLine] = set()
 
     @property
     def load(self) -> EngineLoad:
@@ -115,7 +116,7 @@ class MemoryReplica:
         await self._speaking.wait()
         if not self.reachable:
             raise ReplicaLost("not reachable")
-        line = _MemoryLine(self._speaking)
+        line = MemoryLine(self._speaking)
         self._lines.add(line)
         tasks = [
             asyncio.create_task(self._send(stream_id, line), name=f"sender-{stream_id}"),
@@ -129,12 +130,12 @@ class MemoryReplica:
                 task.cancel()
             await asyncio.wait(tasks)
 
-    async def _send(self, stream_id: str, line: _MemoryLine) -> None:
+    async def _send(self, stream_id: str, line: MemoryLine) -> None:
         async for message in self._replica.steps(stream_id):
             line.messages.put_nowait(message)
         line.messages.put_nowait(None)
 
-    async def _obey(self, stream_id: str, line: _MemoryLine) -> None:
+    async def _obey(self, stream_id: str, line: MemoryLine) -> None:
         while True:
             packed = await line.orders.get()
             await self._speaking.wait()
@@ -149,7 +150,9 @@ class MemoryReplica:
             self._replica.take_orders(stream_id, packed)
 
 
-class _MemoryLine:
+class MemoryLine:
+    """A step stream of a MemoryReplica."""
+
     def __init__(self, speaking: asyncio.Event) -> None:
         self.messages: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.orders: asyncio.Queue[bytes] = asyncio.Queue()

@@ -29,7 +29,7 @@ from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.catalog import Infilling
 from tests.deployments.ingress.letter_tokenizer import LETTERS, VOCABULARY_TOKENS
 from tests.deployments.ingress.memory_gateway import AUTHORIZED, BODY_LIMIT_BYTES, Gateway, gateway, meter_client_of
-from tests.deployments.ingress.memory_replicas import LIMITS, SETTINGS, MemoryReplica
+from tests.deployments.ingress.memory_replicas import LIMITS, SETTINGS, MemoryLine, MemoryReplica
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
 
 STEP_S = SETTINGS.step_s
@@ -46,11 +46,11 @@ def streamed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return way.startswith("streamed")
 
 
-async def _send_seldom(self: MemoryReplica, stream_id: str, connection: asyncio.Queue[bytes | None]) -> None:
+async def _send_seldom(self: MemoryReplica, stream_id: str, line: MemoryLine) -> None:
     async for message in self._replica.steps(stream_id):
-        connection.put_nowait(message)
+        line.messages.put_nowait(message)
         await asyncio.sleep(BUNCH * STEP_S)
-    connection.put_nowait(None)
+    line.messages.put_nowait(None)
 
 
 # --- what is expected ----------------------------------------------------------------------------------------------
