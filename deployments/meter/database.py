@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Final
 
 import sqlalchemy as sa
@@ -92,9 +93,11 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection
 
 
-def upsert(dialect: sa.Dialect, table: sa.Table, added: tuple[str, ...]) -> sa.Insert:
-    """Inserts rows into `table`; where its primary key is there already, the columns `added` are added up instead."""
-    insert = (sqlite.insert if dialect.name == "sqlite" else postgresql.insert)(table)
+@cache
+def upsert(dialect: str, table: sa.Table, added: tuple[str, ...]) -> sa.Insert:
+    """Inserts rows into `table`; where its primary key is there already, the columns `added` are added up instead.
+    Made once for each SQLAlchemy `dialect`, as in ledger_rows.py."""
+    insert = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(table)
     sums = {name: table.c[name] + insert.excluded[name] for name in added}
     return insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=sums)
 

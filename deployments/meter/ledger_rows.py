@@ -80,11 +80,7 @@ def write_settlements(engine: sa.Engine, settlements: Collection[Settlement]) ->
 
 def known_ids(connection: sa.Connection, ids: Collection[str]) -> set[str]:
     """Those of `ids` that have a row."""
-    return {
-        found
-        for some in _portions(ids)
-        for found in connection.scalars(sa.select(REQUESTS.c.id).where(_is_one_of(some)))
-    }
+    return {found for some in _portions(ids) for found in connection.scalars(_KNOWN, {"ids": some})}
 
 
 # --- which settlement holds -------------------------------------------------------------------------------------------
@@ -180,7 +176,7 @@ def _write(connection: sa.Connection, settlements: Collection[Settlement]) -> _D
     # In one order everywhere, so that two meters wait for each other and not both for both.
     changed = sorted(rows.values(), key=lambda row: row["id"])
     if added := [row for row in changed if row["id"] not in stored]:
-        connection.execute(sa.insert(REQUESTS), added)
+        connection.execute(_INSERT, added)
     if corrected := [row for row in changed if row["id"] in stored]:
         connection.execute(_UPDATE, [row | {"row_id": row["id"]} for row in corrected])
     differences = _differences(before=[stored[row["id"]] for row in corrected], after=changed)
@@ -188,6 +184,12 @@ def _write(connection: sa.Connection, settlements: Collection[Settlement]) -> _D
     return differences
 
 
+# Made once: making statements and hashing them took two thirds of the CPU time of a transaction of one row (SQLite:
+# 760 µs before, 250 µs after).
+_IS_ONE_OF: Final = REQUESTS.c.id.in_(sa.bindparam("ids", expanding=True))
+_KNOWN: Final = sa.select(REQUESTS.c.id).where(_IS_ONE_OF)
+_STORED: Final = sa.select(REQUESTS).where(_IS_ONE_OF).with_for_update()
+_INSERT: Final = sa.insert(REQUESTS)
 _UPDATE: Final = sa.update(REQUESTS).where(REQUESTS.c.id == sa.bindparam("row_id"))
 _DELETE_EMPTY: Final = sa.delete(USAGE_HOURS).where(
     *(USAGE_HOURS.c[name] == sa.bindparam(f"of_{name}") for name in _Group._fields), USAGE_HOURS.c.requests == 0
@@ -197,9 +199,7 @@ _DELETE_EMPTY: Final = sa.delete(USAGE_HOURS).where(
 def _stored(connection: sa.Connection, ids: Collection[str]) -> dict[str, Row]:
     """The rows of these requests, which nobody else changes until the transaction ends."""
     return {
-        row["id"]: dict(row)
-        for some in _portions(ids)
-        for row in connection.execute(sa.select(REQUESTS).where(_is_one_of(some)).with_for_update()).mappings()
+        row["id"]: dict(row) for some in _portions(ids) for row in connection.execute(_STORED, {"ids": some}).mappings()
     }
 
 
@@ -207,10 +207,6 @@ def _portions(ids: Collection[str]) -> Iterator[list[str]]:
     ordered = sorted(ids)
     for begin in range(0, len(ordered), _IDS_PER_QUERY):
         yield ordered[begin : begin + _IDS_PER_QUERY]
-
-
-def _is_one_of(ids: list[str]) -> sa.ColumnElement[bool]:
-    return REQUESTS.c.id.in_(ids)
 
 
 def _differences(*, before: list[Row], after: list[Row]) -> _Differences:
@@ -230,7 +226,7 @@ def _write_sums(connection: sa.Connection, differences: _Differences) -> None:
     if not differences:
         return
     rows = [{**group._asdict(), **dict(zip(_SUMS, sums, strict=True))} for group, sums in differences.items()]
-    connection.execute(upsert(connection.dialect, USAGE_HOURS, _SUMS), rows)
+    connection.execute(upsert(connection.dialect.name, USAGE_HOURS, _SUMS), rows)
     if left := [group for group, sums in differences.items() if sums[0] < 0]:
         connection.execute(
             _DELETE_EMPTY, [{f"of_{name}": value for name, value in group._asdict().items()} for group in left]
