@@ -49,6 +49,7 @@ _REPLICA_PORTS = 200
 _KEEP_ALIVE = ("srvtcpka-idle 5s", "srvtcpka-intvl 2s", "srvtcpka-cnt 3")
 """The kernel gives up a silent connection to an ingress after 5 + 3 * 2 seconds without an answer from its host."""
 _CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
+_HTTP_HOST = "MILLSTREAM_HTTP_HOST"
 
 
 class RayNodeError(Exception):
@@ -81,6 +82,11 @@ class RayNode:
         return f"http://{host}:{self.http_port}"
 
     @property
+    def serve_host(self) -> str:
+        """Where Serve listens: behind HAProxy, which is the one that clients reach, on the loopback."""
+        return "127.0.0.1" if self.proxy == "haproxy" else self.http_host
+
+    @property
     def dashboard_url(self) -> str:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
@@ -100,7 +106,7 @@ class RayNode:
             # Ray renames its processes; without this the new title overwrites the environment that `stop` reads.
             "SPT_NOENV": "1",
             **serve_environment(self.proxy, self.client_timeout_s, self.longest_drain_s),
-            **(_haproxy_environment(self.folder) if self.proxy == "haproxy" else {}),
+            **({_HTTP_HOST: self.http_host, **_haproxy_environment(self.folder)} if self.proxy == "haproxy" else {}),
         }
 
     # --- in the order in which they happen ------------------------------------------------------------------------
@@ -250,31 +256,41 @@ def _haproxy_environment(folder: str) -> dict[str, str]:
 
 
 def write_haproxy_launcher(launcher: Path) -> None:
-    """Makes `launcher`: HAProxy as Ray configures it, but for four things that Ray has no setting for.
+    """Makes `launcher`: HAProxy as Ray configures it, but for what Ray has no setting for.
 
     Kernel splicing is off: with it HAProxy 2.8 may stop reading from a client whose body came in a segment of its own,
     and so does not see that the client has closed the connection: the engine would work on for nobody
     (tests/cluster/test_disconnect.py). A request's headers must have arrived in time: else a client that sends a line
-    now and then keeps its connection for ever (tests/cluster/test_connection.py). An ingress whose host is cut off is
-    given up by the kernel, with its streams: else their clients wait for ever (tests/rehearsal). And HAProxy's own
-    metrics and statistics are for this machine only, where nobody needs a key for them
-    (tests/cluster/test_command_line.py): Serve reads its counts elsewhere, and Prometheus gets them from Ray.
+    now and then keeps its connection for ever (tests/cluster/test_connection.py). And an ingress whose host is cut off
+    is given up by the kernel, with its streams: else their clients wait for ever (tests/rehearsal).
+
+    HAProxy's own metrics and statistics, for which nobody needs a key, are for this machine only: Serve reads its
+    counts elsewhere, and Prometheus gets them from Ray. Clients reach it at MILLSTREAM_HTTP_HOST where that is set,
+    whatever Serve's own host, at which the ingress replicas listen too (tests/cluster/test_command_line.py).
     """
     added = [f"timeout http-request ${{{_CLIENT_TIMEOUT}}}s", "option srvtcpka", *_KEEP_ALIVE]
-    edit = r"s/^\( *\)timeout client .*/&" + "".join(rf"\n\1{line}" for line in added) + "/"
-    narrowed = "s/^\\( *bind\\) .*:/\\1 127.0.0.1:/"
-    sections = " ".join(f'-e "/^{each}$/,/^ *bind/ {narrowed}"' for each in ("frontend prometheus", "listen stats"))
+    bounded = r"s/^\( *\)timeout client .*/&" + "".join(rf"\n\1{line}" for line in added) + "/"
+    own = (_bind("frontend prometheus", "127.0.0.1"), _bind("listen stats", "127.0.0.1"))
+    edits = " ".join(f'-e "{edit}"' for edit in (r"/timeout http-request\|srvtcpka/d", bounded, *own))
     launcher.write_text(
         "#!/bin/sh\n"
         "for argument; do\n"
         '  case "$option" in -f)\n'
-        f'    sed -i -e \'/timeout http-request\\|srvtcpka/d\' -e "{edit}" {sections} "$argument" || exit 1 ;;\n'
+        f'    sed -i {edits} "$argument" || exit 1\n'
+        f'    if [ -n "${_HTTP_HOST}" ]; then\n'
+        f'      sed -i "{_bind("frontend http_frontend", f"${_HTTP_HOST}")}" "$argument" || exit 1\n'
+        "    fi ;;\n"
         "  esac\n"
         "  option=$argument\n"
         "done\n"
         f'exec {shlex.quote(get_haproxy_binary())} -dS "$@"\n'
     )
     launcher.chmod(0o755)
+
+
+def _bind(section: str, host: str) -> str:
+    """For sed: a section of HAProxy's configuration listens at `host`, at the port that it has."""
+    return rf"/^{section}$/,/^ *bind/ s/^\( *bind\) .*:/\1 {host}:/"
 
 
 def _state_file(home: Path) -> Path:

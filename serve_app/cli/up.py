@@ -81,7 +81,9 @@ def up(
                 _check_unchanged(node, config)
             api = ServeApi(node.dashboard_url, node.token)
             api.wait_until_up(_API_LIMIT_S)
-            api.apply(serve_config(config, home, folders))
+            described = serve_config(config, home, folders)
+            described["http_options"]["host"] = node.serve_host
+            api.apply(described)
             _await_running(api, config, stopping, time.monotonic() + timeout)
             _await_ready(node, stopping, time.monotonic() + _API_LIMIT_S)
     except (AdminKeyError, ModelSourceError, RayNodeError, ServeApiError, StartError) as error:

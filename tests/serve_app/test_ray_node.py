@@ -54,23 +54,28 @@ def test_haproxy_bounds_the_time_of_a_requests_headers_and_notices_a_lost_host(t
     assert "10s" not in configuration.read_text()
 
 
-def test_haproxy_tells_its_own_metrics_to_this_machine_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("host", "bound"), [("", "*:8000"), ("0.0.0.0", "0.0.0.0:8000"), ("::1", "::1:8000"), ("10.1.2.3", "10.1.2.3:8000")]
+)
+def test_haproxy_is_reached_where_it_is_told_and_its_own_metrics_on_this_machine_only(
+    tmp_path: Path, host: str, bound: str
+) -> None:
     """As Ray's template has them, in ray/serve/_private/haproxy_templates.py."""
     configuration = tmp_path / "haproxy.cfg"
     configuration.write_text(
         "defaults\n    mode http\n    timeout connect 5s\n    timeout server 5s\n    timeout client 65s\n"
         "frontend prometheus\n    bind :9101\n    mode http\n"
         "    http-request use-service prometheus-exporter if { path /metrics }\n"
-        "frontend http_frontend\n    bind *:8000\n"
+        "frontend http_frontend\n    bind *:8000\n    acl routes path -i /-/routes\n"
         "listen stats\n  bind *:8404\n  stats enable\n  stats uri /stats\n"
     )
     write_haproxy_launcher(tmp_path / "haproxy")
     subprocess.run(
         [tmp_path / "haproxy", "-c", "-f", configuration],
-        env={**os.environ, "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "65"},
+        env={**os.environ, "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "65", "MILLSTREAM_HTTP_HOST": host},
         check=True,
         capture_output=True,
         timeout=30,
     )
     binds = [line.strip() for line in configuration.read_text().splitlines() if "bind" in line]
-    assert binds == ["bind 127.0.0.1:9101", "bind *:8000", "bind 127.0.0.1:8404"]
+    assert binds == ["bind 127.0.0.1:9101", f"bind {bound}", "bind 127.0.0.1:8404"]
