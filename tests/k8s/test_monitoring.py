@@ -121,8 +121,11 @@ def test_every_alert_is_tested_and_documented() -> None:
     alerts = {rule["alert"] for rule in rules() if "alert" in rule}
     tests = yaml.safe_load((MONITORING / "rules_test.yaml").read_text())["tests"]
     assert {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]} == alerts
-    documented = set(re.findall(r"^### (\w+)$", (MONITORING.parents[1] / "docs" / "monitoring.md").read_text(), re.M))
+    documented = set(re.findall(r"^### (\w+)$", (MONITORING.parents[1] / "docs" / "operations.md").read_text(), re.M))
     assert documented == alerts
+    for rule in rules():
+        if "alert" in rule:
+            assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
 
 
 def test_panels_do_not_overlap() -> None:
