@@ -296,7 +296,7 @@ async def broken_model(rehearsal: Rehearsal) -> str:
 
 
 async def scaled(rehearsal: Rehearsal) -> str:
-    """(f) From one engine replica to three and back, by load, with the pods that this takes."""
+    """(f) From one engine replica to three and back, by load."""
     await rehearsal.load.resize(4)
     begun = _now()
 
