@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.engine.scaling_board import ShownDecision
 from serve_app.running_cluster import find_cluster
 from serve_app.serve_api import ServeApi
 from tests.conftest import ROOT, THOROUGH, RunningCluster, eventually, new_home, start_cluster
@@ -83,10 +84,14 @@ def apply(cluster: RunningCluster, file: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def decided(cluster: RunningCluster, name: str) -> int | None:
+def shown_decision(cluster: RunningCluster, name: str) -> ShownDecision | None:
     found = find_cluster(cluster.home, {})
     with closing(ServeApi(found.dashboard_url, found.token)) as api:
-        shown = api.scaling_decisions().get(f"model-{name}")
+        return api.scaling_decisions().get(f"model-{name}")
+
+
+async def decided(cluster: RunningCluster, name: str) -> int | None:
+    shown = await asyncio.to_thread(shown_decision, cluster, name)
     return None if shown is None else shown.replicas
 
 
@@ -97,7 +102,7 @@ async def watched(cluster: RunningCluster, name: str) -> AsyncIterator[list[int]
 
     async def watch() -> None:
         while True:
-            number = decided(cluster, name)
+            number = await decided(cluster, name)
             if number is not None and numbers[-1:] != [number]:
                 numbers.append(number)
             await asyncio.sleep(0.2)
@@ -196,7 +201,7 @@ async def served_from_zero(cluster: RunningCluster, name: str, cycles: int) -> i
         for cycle in range(cycles):
 
             async def at_zero() -> bool:
-                return decided(cluster, name) == 0 and not await cluster.loads(name)
+                return await decided(cluster, name) == 0 and not await cluster.loads(name)
 
             await eventually(at_zero, 60.0)
             for path in ("/v1/models", f"/v1/models/{name}", "/healthz", "/readyz") * 3:
@@ -217,12 +222,13 @@ async def served_from_zero(cluster: RunningCluster, name: str, cycles: int) -> i
 
 async def until_decided_again(cluster: RunningCluster, name: str, times: int) -> None:
     """Until the controller has told of the model so many times more."""
-    file = cluster.home / "run" / "autoscaling" / f"model-{name}.json"
     for _ in range(times):
-        before = file.stat().st_mtime_ns
+        before = await asyncio.to_thread(shown_decision, cluster, name)
+        assert before is not None
 
-        async def told(before: int = before) -> bool:
-            return file.stat().st_mtime_ns != before
+        async def told(before: ShownDecision = before) -> bool:
+            shown = await asyncio.to_thread(shown_decision, cluster, name)
+            return shown is not None and shown.shown_at != before.shown_at
 
         await eventually(told, 10.0)
 
@@ -231,7 +237,7 @@ async def test_a_stream_that_waits_for_the_first_replica_hears_so_within_a_secon
     loop = asyncio.get_running_loop()
 
     async def at_zero() -> bool:
-        return decided(cluster, "zero") == 0 and not await cluster.loads("zero")
+        return await decided(cluster, "zero") == 0 and not await cluster.loads("zero")
 
     await eventually(at_zero, 60.0)
     body = {"model": "zero", "prompt": "x", "max_tokens": 3, "stream": True}
