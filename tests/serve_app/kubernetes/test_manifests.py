@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable
+from copy import deepcopy
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,46 +56,49 @@ def full_cluster() -> ClusterConfig:
     )
 
 
-CONFIGS = {
-    "full": full_cluster(),
-    "least": cluster(cluster={"proxy": "ray"}, kubernetes={"monitoring_namespace": None}),
-    **{overlay.name: load_cluster_config(overlay / "cluster.yaml", {}) for overlay in OVERLAYS},
+class Rendered:
+    """What a configuration gives, rendered and read once: who changes something changes a copy."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def stream(self) -> str:
+        assert check_for_kubernetes("cluster.yaml", self.config) == []
+        return as_stream(self.config)
+
+    @cached_property
+    def manifests(self) -> list[Manifest]:
+        return list(yaml.safe_load_all(self.stream))
+
+    def of_kind(self, kind: str) -> list[Manifest]:
+        return [manifest for manifest in self.manifests if manifest["kind"] == kind]
+
+    @property
+    def ray_cluster(self) -> dict[str, Any]:
+        [service] = self.of_kind("RayService")
+        described: dict[str, Any] = service["spec"]["rayClusterConfig"]
+        return described
+
+    @property
+    def templates(self) -> dict[str, dict[str, Any]]:
+        """Pod templates by group."""
+        return {
+            "head": self.ray_cluster["headGroupSpec"]["template"],
+            **{group["groupName"]: group["template"] for group in self.ray_cluster["workerGroupSpecs"]},
+        }
+
+
+RENDERED = {
+    "full": Rendered(full_cluster()),
+    "least": Rendered(cluster(cluster={"proxy": "ray"}, kubernetes={"monitoring_namespace": None})),
+    **{overlay.name: Rendered(load_cluster_config(overlay / "cluster.yaml", {})) for overlay in OVERLAYS},
 }
 
 
-@pytest.fixture(params=CONFIGS)
-def config(request: pytest.FixtureRequest) -> ClusterConfig:
-    chosen = CONFIGS[str(request.param)]
-    assert check_for_kubernetes("cluster.yaml", chosen) == []
-    return chosen
-
-
-def manifests(config: ClusterConfig) -> list[Manifest]:
-    return list(yaml.safe_load_all(as_stream(config)))
-
-
-def of_kind(config: ClusterConfig, kind: str) -> list[Manifest]:
-    return [manifest for manifest in manifests(config) if manifest["kind"] == kind]
-
-
-def ray_cluster(config: ClusterConfig) -> dict[str, Any]:
-    [service] = of_kind(config, "RayService")
-    described: dict[str, Any] = service["spec"]["rayClusterConfig"]
-    return described
-
-
-def worker_groups_of(name: str) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = ray_cluster(CONFIGS[name])["workerGroupSpecs"]
-    return groups
-
-
-def templates(config: ClusterConfig) -> dict[str, dict[str, Any]]:
-    """Pod templates by group."""
-    described = ray_cluster(config)
-    return {
-        "head": described["headGroupSpec"]["template"],
-        **{group["groupName"]: group["template"] for group in described["workerGroupSpecs"]},
-    }
+@pytest.fixture(params=RENDERED)
+def rendered(request: pytest.FixtureRequest) -> Rendered:
+    return RENDERED[str(request.param)]
 
 
 def variables(template: dict[str, Any]) -> dict[str, Any]:
@@ -109,45 +114,48 @@ def crd_validator() -> jsonschema.Draft202012Validator:
 # --- valid ------------------------------------------------------------------------------------------------------
 
 
-def test_the_ray_service_has_no_field_that_kuberay_does_not_know(config: ClusterConfig) -> None:
+def test_the_ray_service_has_no_field_that_kuberay_does_not_know(rendered: Rendered) -> None:
     if not CRDS.is_dir():
         pytest.skip(f"KubeRay's CRDs are not at {CRDS}")
-    [service] = of_kind(config, "RayService")
+    [service] = deepcopy(rendered.of_kind("RayService"))
     crd_validator().validate(service)
     service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["replica"] = 1
     with pytest.raises(jsonschema.ValidationError, match="'replica' was unexpected"):
         crd_validator().validate(service)
 
 
-def test_everything_else_has_no_field_that_kubernetes_does_not_know(config: ClusterConfig) -> None:
+def test_everything_else_has_no_field_that_kubernetes_does_not_know(rendered: Rendered) -> None:
     checked = {
         manifest["kind"]: kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
-        for manifest in manifests(config)
+        for manifest in rendered.manifests
         if manifest["kind"] not in ("RayService", "PodMonitor")
     }
     assert checked.keys() >= {"ServiceAccount", "Service", "NetworkPolicy", "PersistentVolumeClaim"}
 
 
-def test_the_pod_templates_make_valid_pods(config: ClusterConfig) -> None:
-    for template in templates(config).values():
+def test_the_pod_templates_make_valid_pods(rendered: Rendered) -> None:
+    for template in rendered.templates.values():
         kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **template}, KUBERNETES_VERSION, strict=True)
 
 
-def test_serve_takes_its_configuration(config: ClusterConfig) -> None:
-    [service] = of_kind(config, "RayService")
+def test_serve_takes_its_configuration(rendered: Rendered) -> None:
+    [service] = rendered.of_kind("RayService")
     schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
-    assert [each.name for each in schema.applications] == ["gateway", *(f"model-{m.name}" for m in config.models)]
-    assert (schema.http_options.host, schema.http_options.port) == ("0.0.0.0", config.cluster.http.port)
+    assert [each.name for each in schema.applications] == [
+        "gateway",
+        *(f"model-{m.name}" for m in rendered.config.models),
+    ]
+    assert (schema.http_options.host, schema.http_options.port) == ("0.0.0.0", rendered.config.cluster.http.port)
 
 
 def test_the_pod_monitor_names_a_port_that_all_pods_have() -> None:
-    [monitor] = of_kind(CONFIGS["full"], "PodMonitor")
+    [monitor] = RENDERED["full"].of_kind("PodMonitor")
     [endpoint] = monitor["spec"]["podMetricsEndpoints"]
     labels = monitor["spec"]["selector"]["matchLabels"].items()
-    for template in templates(CONFIGS["full"]).values():
+    for template in RENDERED["full"].templates.values():
         assert labels <= template["metadata"]["labels"].items()
         assert endpoint["port"] in {port["name"] for port in template["spec"]["containers"][0]["ports"]}
-    assert of_kind(CONFIGS["least"], "PodMonitor") == []
+    assert RENDERED["least"].of_kind("PodMonitor") == []
 
 
 def test_the_example_of_the_documentation_can_run(tmp_path: Path) -> None:
@@ -156,37 +164,36 @@ def test_the_example_of_the_documentation_can_run(tmp_path: Path) -> None:
     lines = itertools.takewhile(lambda line: not line or line.startswith("    "), section.splitlines())
     (tmp_path / "cluster.yaml").write_text(textwrap.dedent("\n".join(lines)))
     config = load_cluster_config(tmp_path / "cluster.yaml", {})
-    assert check_for_kubernetes("cluster.yaml", config) == []
-    assert "engine-4-h100" in templates(config)
+    assert "engine-4-h100" in Rendered(config).templates
 
 
 # --- the same each time -----------------------------------------------------------------------------------------
 
 
-def test_the_same_configuration_gives_the_same_bytes(config: ClusterConfig) -> None:
-    again = ClusterConfig.model_validate(config.model_dump())
-    assert as_stream(again) == as_stream(config)
-    assert render_folder(again) == render_folder(config)
+def test_the_same_configuration_gives_the_same_bytes(rendered: Rendered) -> None:
+    again = ClusterConfig.model_validate(rendered.config.model_dump())
+    assert as_stream(again) == rendered.stream
+    assert render_folder(again) == render_folder(rendered.config)
 
 
-def test_every_file_says_what_it_is(config: ClusterConfig) -> None:
-    for text in render_folder(config).files.values():
+def test_every_file_says_what_it_is(rendered: Rendered) -> None:
+    for text in render_folder(rendered.config).files.values():
         comment, header, *_ = text.splitlines()
         assert comment.startswith("# ")
         assert header.startswith("# ")
         assert "# Rendered by `millstream render kubernetes`: change cluster.yaml and render anew.\n" in text
 
 
-def test_a_folder_holds_what_the_stream_does(config: ClusterConfig) -> None:
-    files = dict(render_folder(config).files)
+def test_a_folder_holds_what_the_stream_does(rendered: Rendered) -> None:
+    files = dict(render_folder(rendered.config).files)
     listed = yaml.safe_load(files.pop("kustomization.yaml"))["resources"]
     assert listed == list(files)
-    assert "---\n".join(files[name] for name in listed) == as_stream(config)
+    assert "---\n".join(files[name] for name in listed) == rendered.stream
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: str(path.name))
 def test_the_manifests_in_k8s_are_what_their_cluster_yaml_says(overlay: Path) -> None:
-    rendered = render_folder(CONFIGS[overlay.name], Path("../../base"))
+    rendered = render_folder(RENDERED[overlay.name].config, Path("../../base"))
     for folder, files in ((overlay, rendered.files), (ROOT / "k8s" / "base", rendered.base)):
         there = {file.name: file.read_text() for file in folder.iterdir() if file.name != "cluster.yaml"}
         assert there == files, f"render {folder} anew, as {overlay}/cluster.yaml says"
@@ -198,21 +205,19 @@ def test_kustomize_builds_each_overlay(overlay: Path) -> None:
         pytest.skip("kubectl is not installed")
     built = subprocess.run([kubectl, "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    assert sorted(map(repr, yaml.safe_load_all(built.stdout))) == sorted(map(repr, _as_built(CONFIGS[overlay.name])))
+    assert in_any_order(yaml.safe_load_all(built.stdout)) == in_any_order(RENDERED[overlay.name].manifests)
 
 
-def _as_built(config: ClusterConfig) -> Iterator[Manifest]:
-    """Kustomize sorts keys."""
-    for manifest in manifests(config):
-        yield yaml.safe_load(yaml.safe_dump(manifest, sort_keys=True))
+def in_any_order(manifests: Iterable[Manifest]) -> list[str]:
+    return sorted(json.dumps(manifest, sort_keys=True) for manifest in manifests)
 
 
 # --- pods and replicas ------------------------------------------------------------------------------------------
 
 
-def test_every_replica_is_bound_to_a_group_whose_pods_can_hold_it(config: ClusterConfig) -> None:
-    [service] = of_kind(config, "RayService")
-    groups = {group["groupName"]: group for group in ray_cluster(config)["workerGroupSpecs"]}
+def test_every_replica_is_bound_to_a_group_whose_pods_can_hold_it(rendered: Rendered) -> None:
+    [service] = rendered.of_kind("RayService")
+    groups = {group["groupName"]: group for group in rendered.ray_cluster["workerGroupSpecs"]}
     bound = set()
     for application in yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]:
         for deployment in application["deployments"]:
@@ -229,66 +234,69 @@ def test_every_replica_is_bound_to_a_group_whose_pods_can_hold_it(config: Cluste
 
 
 def test_the_head_runs_no_replica_and_takes_no_client() -> None:
-    [service] = of_kind(CONFIGS["full"], "RayService")
+    [service] = RENDERED["full"].of_kind("RayService")
     assert service["spec"]["excludeHeadPodFromServeSvc"] is True
-    assert ray_cluster(CONFIGS["full"])["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert RENDERED["full"].ray_cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
 def test_gpus_are_requested_where_replicas_have_them() -> None:
     requested = {
         name: template["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0)
-        for name, template in templates(CONFIGS["multi-node"]).items()
+        for name, template in RENDERED["multi-node"].templates.items()
     }
     assert requested == {"head": 0, "gateway": 0, "meter": 0, "engine-1-l40s": 1, "engine-4-h100": 4}
-    h100 = templates(CONFIGS["multi-node"])["engine-4-h100"]["spec"]
+    h100 = RENDERED["multi-node"].templates["engine-4-h100"]["spec"]
     assert h100["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
     assert h100["containers"][0]["resources"]["limits"]["memory"] == "128Gi"
 
 
 def test_a_model_that_may_go_to_zero_keeps_no_pod() -> None:
-    sizes = {group["groupName"]: (group["minReplicas"], group["maxReplicas"]) for group in worker_groups_of("full")}
+    sizes = {
+        group["groupName"]: (group["minReplicas"], group["maxReplicas"])
+        for group in RENDERED["full"].ray_cluster["workerGroupSpecs"]
+    }
     assert sizes["engine-1-gpu"] == (0, 2)
 
 
-def test_an_upgrade_makes_no_second_cluster(config: ClusterConfig) -> None:
-    [service] = of_kind(config, "RayService")
+def test_an_upgrade_makes_no_second_cluster(rendered: Rendered) -> None:
+    [service] = rendered.of_kind("RayService")
     assert service["spec"]["upgradeStrategy"] == {"type": "None"}
 
 
 def test_only_clusters_that_scale_have_an_autoscaler() -> None:
-    assert ray_cluster(CONFIGS["full"])["enableInTreeAutoscaling"] is True
-    assert ray_cluster(CONFIGS["full"])["autoscalerOptions"]["version"] == "v2"
-    assert ray_cluster(CONFIGS["least"])["enableInTreeAutoscaling"] is False
-    assert "autoscalerOptions" not in ray_cluster(CONFIGS["least"])
+    assert RENDERED["full"].ray_cluster["enableInTreeAutoscaling"] is True
+    assert RENDERED["full"].ray_cluster["autoscalerOptions"]["version"] == "v2"
+    assert RENDERED["least"].ray_cluster["enableInTreeAutoscaling"] is False
+    assert "autoscalerOptions" not in RENDERED["least"].ray_cluster
 
 
 def test_the_heads_state_outlives_it_where_a_redis_is_named() -> None:
-    assert ray_cluster(CONFIGS["full"])["gcsFaultToleranceOptions"] == {
+    assert RENDERED["full"].ray_cluster["gcsFaultToleranceOptions"] == {
         "redisAddress": "redis:6379",
         "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "full-redis", "key": "password"}}},
     }
-    assert "gcsFaultToleranceOptions" not in ray_cluster(CONFIGS["least"])
+    assert "gcsFaultToleranceOptions" not in RENDERED["least"].ray_cluster
 
 
-def test_all_pods_agree_on_how_serve_runs(config: ClusterConfig) -> None:
+def test_all_pods_agree_on_how_serve_runs(rendered: Rendered) -> None:
     environments = [
         {name: value for name, value in variables(template).items() if name.startswith("RAY_SERVE_")}
-        for template in templates(config).values()
+        for template in rendered.templates.values()
     ]
     assert all(environment == environments[0] for environment in environments)
     assert environments[0]["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
-    assert ("RAY_SERVE_ENABLE_HA_PROXY" in environments[0]) == (config.cluster.proxy == "haproxy")
+    assert ("RAY_SERVE_ENABLE_HA_PROXY" in environments[0]) == (rendered.config.cluster.proxy == "haproxy")
 
 
-def test_pods_drain_before_they_end_and_have_the_time_for_it(config: ClusterConfig) -> None:
-    for name, template in templates(config).items():
+def test_pods_drain_before_they_end_and_have_the_time_for_it(rendered: Rendered) -> None:
+    for name, template in rendered.templates.items():
         drain_s = int(variables(template)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert template["spec"]["terminationGracePeriodSeconds"] >= drain_s + 30
         if name not in ("head", "meter"):  # nobody can take their place meanwhile
-            assert drain_s > config.longest_drain_s
-    if config.cluster.proxy == "haproxy":
-        hard_stop_s = variables(templates(config)["gateway"])["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]
-        assert int(hard_stop_s) == math.ceil(config.longest_drain_s)
+            assert drain_s > rendered.config.longest_drain_s
+    if rendered.config.cluster.proxy == "haproxy":
+        hard_stop_s = variables(rendered.templates["gateway"])["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]
+        assert int(hard_stop_s) == math.ceil(rendered.config.longest_drain_s)
 
 
 def test_ray_reads_how_long_to_drain_from_the_environment() -> None:
@@ -303,17 +311,17 @@ def test_ray_reads_how_long_to_drain_from_the_environment() -> None:
     assert float(told.stdout) == 123
 
 
-def test_serves_answers_from_new_replicas_stay_out_of_the_object_store(config: ClusterConfig) -> None:
+def test_serves_answers_from_new_replicas_stay_out_of_the_object_store(rendered: Rendered) -> None:
     """Else no node is ever idle: none is given back, and each drains for as long as it may."""
-    for template in templates(config).values():
+    for template in rendered.templates.values():
         assert int(variables(template)["RAY_max_direct_call_object_size"]) >= 2**20
 
 
-def test_only_the_one_meter_pod_mounts_the_meters_volume(config: ClusterConfig) -> None:
+def test_only_the_one_meter_pod_mounts_the_meters_volume(rendered: Rendered) -> None:
     claims = {
-        claim["metadata"]["name"]: claim["spec"]["accessModes"] for claim in of_kind(config, "PersistentVolumeClaim")
+        claim["metadata"]["name"]: claim["spec"]["accessModes"] for claim in rendered.of_kind("PersistentVolumeClaim")
     }
-    name = config.cluster.name
+    name = rendered.config.cluster.name
     assert claims == {f"{name}-models": ["ReadWriteMany"], f"{name}-meter": ["ReadWriteOnce"]}
     mounting = {
         group: {
@@ -321,19 +329,19 @@ def test_only_the_one_meter_pod_mounts_the_meters_volume(config: ClusterConfig) 
             for volume in template["spec"].get("volumes", [])
             if "persistentVolumeClaim" in volume
         }
-        for group, template in templates(config).items()
+        for group, template in rendered.templates.items()
     }
     assert [group for group, names in mounting.items() if f"{name}-meter" in names] == ["meter"]
     assert all(f"{name}-models" in names for group, names in mounting.items() if group != "head")
-    [meter] = [group for group in ray_cluster(config)["workerGroupSpecs"] if group["groupName"] == "meter"]
+    [meter] = [group for group in rendered.ray_cluster["workerGroupSpecs"] if group["groupName"] == "meter"]
     assert (meter["minReplicas"], meter["maxReplicas"]) == (1, 1)
 
 
-def test_budgets_let_one_pod_of_a_group_go_at_a_time(config: ClusterConfig) -> None:
-    sizes = {group["groupName"]: group["minReplicas"] for group in ray_cluster(config)["workerGroupSpecs"]}
+def test_budgets_let_one_pod_of_a_group_go_at_a_time(rendered: Rendered) -> None:
+    sizes = {group["groupName"]: group["minReplicas"] for group in rendered.ray_cluster["workerGroupSpecs"]}
     kept = {
         budget["spec"]["selector"]["matchLabels"]["millstream-group"]: budget["spec"]["minAvailable"]
-        for budget in of_kind(config, "PodDisruptionBudget")
+        for budget in rendered.of_kind("PodDisruptionBudget")
     }
     assert kept == {name: size - 1 for name, size in sizes.items() if size > 1}
 
@@ -341,14 +349,14 @@ def test_budgets_let_one_pod_of_a_group_go_at_a_time(config: ClusterConfig) -> N
 # --- closed -----------------------------------------------------------------------------------------------------
 
 
-def test_every_pod_is_restricted_as_pod_security_standards_say(config: ClusterConfig) -> None:
-    described = ray_cluster(config)
-    containers = [template["spec"]["containers"][0] for template in templates(config).values()]
+def test_every_pod_is_restricted_as_pod_security_standards_say(rendered: Rendered) -> None:
+    described = rendered.ray_cluster
+    containers = [template["spec"]["containers"][0] for template in rendered.templates.values()]
     if described["enableInTreeAutoscaling"]:
         containers.append(described["autoscalerOptions"])
     for container in containers:
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    for template in templates(config).values():
+    for template in rendered.templates.values():
         security = template["spec"]["securityContext"]
         assert security["runAsNonRoot"] is True
         assert security["runAsUser"] != 0
@@ -356,16 +364,16 @@ def test_every_pod_is_restricted_as_pod_security_standards_say(config: ClusterCo
         assert not any("hostPath" in volume for volume in template["spec"].get("volumes", []))
 
 
-def test_no_container_but_the_autoscaler_has_a_token_of_kubernetes(config: ClusterConfig) -> None:
-    [account] = of_kind(config, "ServiceAccount")
+def test_no_container_but_the_autoscaler_has_a_token_of_kubernetes(rendered: Rendered) -> None:
+    [account] = rendered.of_kind("ServiceAccount")
     assert account["automountServiceAccountToken"] is False
-    for template in templates(config).values():
+    for template in rendered.templates.values():
         assert template["spec"]["automountServiceAccountToken"] is False
         for mount in template["spec"]["containers"][0].get("volumeMounts", []):
             assert mount["name"] != "autoscaler-account"
-    if ray_cluster(config)["enableInTreeAutoscaling"]:
-        [mount] = ray_cluster(config)["autoscalerOptions"]["volumeMounts"]
-        [volume] = templates(config)["head"]["spec"]["volumes"]
+    if rendered.ray_cluster["enableInTreeAutoscaling"]:
+        [mount] = rendered.ray_cluster["autoscalerOptions"]["volumeMounts"]
+        [volume] = rendered.templates["head"]["spec"]["volumes"]
         assert mount["name"] == volume["name"]
 
 
@@ -376,7 +384,7 @@ def test_secrets_are_named_and_go_to_the_pods_that_need_them_only() -> None:
             for value in variables(template).values()
             if isinstance(value, dict) and "secretKeyRef" in value
         }
-        for group, template in templates(CONFIGS["full"]).items()
+        for group, template in RENDERED["full"].templates.items()
     }
     assert named == {
         "head": set(),
@@ -386,13 +394,13 @@ def test_secrets_are_named_and_go_to_the_pods_that_need_them_only() -> None:
         "engine-1-gpu": {"full-hub"},
         "engine-cpu": {"full-hub"},
     }
-    assert variables(templates(CONFIGS["full"])["meter"])["LEDGER"]["secretKeyRef"]["key"] == "url"
-    assert ray_cluster(CONFIGS["full"])["authOptions"] == {"mode": "token", "secretName": "full-ray-token"}
+    assert variables(RENDERED["full"].templates["meter"])["LEDGER"]["secretKeyRef"]["key"] == "url"
+    assert RENDERED["full"].ray_cluster["authOptions"] == {"mode": "token", "secretName": "full-ray-token"}
 
 
-def test_the_command_line_finds_the_cluster_in_the_meters_pod_alone(config: ClusterConfig, tmp_path: Path) -> None:
-    head = "cluster-head-svc.default.svc.cluster.local"
-    for group, template in templates(config).items():
+def test_the_command_line_finds_the_cluster_in_the_meters_pod_alone(rendered: Rendered, tmp_path: Path) -> None:
+    head, name = "cluster-head-svc.default.svc.cluster.local", rendered.config.cluster.name
+    for group, template in rendered.templates.items():
         ports = {each["name"]: each["containerPort"] for each in template["spec"]["containers"][0]["ports"]}
         # As KubeRay adds to it: ray-operator/controllers/ray/common/pod.go, setContainerEnvVars.
         environment = (
@@ -400,32 +408,32 @@ def test_the_command_line_finds_the_cluster_in_the_meters_pod_alone(config: Clus
         )
         if group != "meter":
             for find in (find_cluster, database_of_cluster):
-                with pytest.raises(ClusterNotFound, match=f"instance={config.cluster.name},millstream-group=meter"):
+                with pytest.raises(ClusterNotFound, match=f"instance={name},millstream-group=meter"):
                     find(tmp_path, environment)
             continue
         found = find_cluster(tmp_path, environment)
         assert found == RunningCluster(
-            name=config.cluster.name,
-            clients_url=f"http://{config.cluster.name}",
+            name=name,
+            clients_url=f"http://{name}",
             http_url=f"http://127.0.0.1:{ports['serve']}",
             dashboard_url=f"http://{head}:8265",
             token="token",
         )
         database = database_of_cluster(tmp_path, environment)
-        assert database == config.meter.database
+        assert database == rendered.config.meter.database
         assert environment[database.removeprefix("env://")]["secretKeyRef"]["key"] == "url"
 
 
-def test_from_elsewhere_clients_reach_serve_and_nobody_but_the_operator_the_dashboard(config: ClusterConfig) -> None:
-    own = {"app.kubernetes.io/instance": config.cluster.name}
+def test_from_elsewhere_clients_reach_serve_and_nobody_but_the_operator_the_dashboard(rendered: Rendered) -> None:
+    own = {"app.kubernetes.io/instance": rendered.config.cluster.name}
     reachable: dict[str, list[Any]] = {}
-    for policy in of_kind(config, "NetworkPolicy"):
+    for policy in rendered.of_kind("NetworkPolicy"):
         assert policy["spec"]["policyTypes"] == ["Ingress"]
         assert own.items() <= policy["spec"]["podSelector"]["matchLabels"].items()
         for rule in policy["spec"]["ingress"]:
             for port in rule.get("ports", [{"port": "any"}]):
                 reachable.setdefault(port["port"], []).append((policy["metadata"]["name"], rule.get("from")))
-    name = config.cluster.name
+    name = rendered.config.cluster.name
     assert reachable.pop("any") == [(f"{name}-cluster", [{"podSelector": {"matchLabels": own}}])]
     [(dashboard, [operator])] = reachable.pop("dashboard")
     assert dashboard == f"{name}-operator"
@@ -436,13 +444,15 @@ def test_from_elsewhere_clients_reach_serve_and_nobody_but_the_operator_the_dash
     assert reachable == {}
 
 
-def test_clients_reach_the_gateways_pods_by_one_service(config: ClusterConfig) -> None:
-    [service] = of_kind(config, "Service")
+def test_clients_reach_the_gateways_pods_by_one_service(rendered: Rendered) -> None:
+    [service] = rendered.of_kind("Service")
     chosen = service["spec"]["selector"].items()
-    serving = [name for name, template in templates(config).items() if chosen <= template["metadata"]["labels"].items()]
+    serving = [
+        name for name, template in rendered.templates.items() if chosen <= template["metadata"]["labels"].items()
+    ]
     assert serving == ["gateway"]
     [port] = service["spec"]["ports"]
     numbers = {
-        each["name"]: each["containerPort"] for each in templates(config)["gateway"]["spec"]["containers"][0]["ports"]
+        each["name"]: each["containerPort"] for each in rendered.templates["gateway"]["spec"]["containers"][0]["ports"]
     }
-    assert numbers[port["targetPort"]] == config.cluster.http.port
+    assert numbers[port["targetPort"]] == rendered.config.cluster.http.port
