@@ -16,9 +16,9 @@ from typer.testing import CliRunner, Result
 from deployments.contracts import KeyDraft
 from deployments.meter.database import open_database
 from deployments.meter.key_store import KeyStore
-from deployments.meter.migrations import migrate
 from serve_app.cli import app
 from tests.deployments.ingress.memory_administration import record_hour
+from tests.sqlite import new_database
 
 DAY_S, HOUR_S = 86_400, 3600
 DAY = 20_000 * DAY_S
@@ -29,8 +29,7 @@ THEN = ("--since", "2024-10-04", "--until", "2024-10-06")
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sa.Engine]:
     monkeypatch.setenv("MILLSTREAM_HOME", str(tmp_path))
-    engine = open_database(f"sqlite:///{tmp_path}/ledger.db")
-    migrate(engine)
+    engine = open_database(new_database(tmp_path / "ledger.db"))
     yield engine
     engine.dispose()
 

@@ -29,9 +29,9 @@ from deployments.ingress.usage_reports import usage_routes
 from deployments.meter.administration import administer
 from deployments.meter.database import open_database
 from deployments.meter.key_store import KeyStore
-from deployments.meter.migrations import migrate
 from deployments.meter.schema import USAGE_HOURS
 from deployments.meter.usage import read_usage
+from tests.sqlite import new_database
 
 __all__ = ["USER", "Administration", "administration", "record_hour"]
 
@@ -50,8 +50,7 @@ class Administration:
 
 @asynccontextmanager
 async def administration(folder: Path) -> AsyncIterator[Administration]:
-    engine = open_database(f"sqlite:///{folder}/ledger.db")
-    migrate(engine)
+    engine = open_database(new_database(folder / "ledger.db"))
     store = KeyStore(engine)
 
     async def over_the_wire(command: AdministrationCommand) -> AdministrationAnswer:

@@ -6,13 +6,27 @@ from pathlib import Path
 
 import pytest
 
+from deployments.meter.database import open_database
+from deployments.meter.migrations import migrate
 from tests.postgres import PostgresServer
+from tests.sqlite import new_database
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of each kind."""
+def bare_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database of each kind without tables."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/ledger.db"
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.new_database()
+
+
+@pytest.fixture
+def database_url(bare_database_url: str, tmp_path: Path) -> str:
+    """The same with all tables and no rows."""
+    if bare_database_url.startswith("sqlite:"):
+        return new_database(tmp_path / "ledger.db")
+    engine = open_database(bare_database_url)
+    migrate(engine)
+    engine.dispose()
+    return bare_database_url

@@ -11,6 +11,7 @@ from typing import Any
 from deployments.contracts import Account, AdmissionRequest, Admitted, Settlement
 from deployments.meter.keys import key_digest
 from deployments.meter.meter import Meter, MeterSettings
+from tests.sqlite import new_database
 
 __all__ = ["ADMIN_KEY", "Clock", "running_meter", "settlement"]
 
@@ -33,9 +34,10 @@ async def running_meter(
 ) -> AsyncIterator[Meter]:
     """Started and closed; its files and, unless given, its database are in `folder`."""
     settings.setdefault("admin_digest", key_digest(ADMIN_KEY))
-    meter = Meter(
-        MeterSettings(folder / "meter", f"sqlite:///{database or folder / 'ledger.db'}", **settings), clock=clock
-    )
+    file = database or folder / "ledger.db"
+    if file.parent.is_dir() and not file.exists():
+        new_database(file)
+    meter = Meter(MeterSettings(folder / "meter", f"sqlite:///{file}", **settings), clock=clock)
     try:
         await meter.start()
         yield meter

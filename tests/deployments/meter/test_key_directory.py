@@ -19,8 +19,8 @@ from deployments.meter.errors import LedgerUnavailable, MeterClosed
 from deployments.meter.key_directory import KeyDirectory
 from deployments.meter.key_store import KeyStore
 from deployments.meter.keys import key_digest
-from deployments.meter.migrations import migrate
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
+from tests.sqlite import new_database
 
 T = TypeVar("T")
 ADMIN = "sk-ms-admin"
@@ -62,8 +62,7 @@ class Database:
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[sa.Engine]:
-    engine = open_database(f"sqlite:///{tmp_path}/ledger.db")
-    migrate(engine)
+    engine = open_database(new_database(tmp_path / "ledger.db"))
     yield engine
     engine.dispose()
 
@@ -145,8 +144,7 @@ async def test_a_key_ends_when_it_expires(store: KeyStore) -> None:
 
 @in_virtual_time
 async def test_a_restored_backup_replaces_what_is_known(store: KeyStore, tmp_path: Path) -> None:
-    backup = open_database(f"sqlite:///{tmp_path}/backup.db")
-    migrate(backup)
+    backup = open_database(new_database(tmp_path / "backup.db"))
     _, old = KeyStore(backup).create(KeyDraft("old"))
     for _ in range(3):
         _, secret = store.create(KeyDraft("k"))

@@ -34,7 +34,6 @@ from deployments.meter.database import open_database
 from deployments.meter.errors import InvalidValue, KeyNotFound, KeyRevoked, LedgerUnavailable, TeamNotFound
 from deployments.meter.key_store import KeyStore
 from deployments.meter.keys import key_digest
-from deployments.meter.migrations import migrate
 from deployments.meter.schema import KEYS
 
 NOW_AT = 1_800_000_000.0
@@ -43,7 +42,6 @@ NOW_AT = 1_800_000_000.0
 @pytest.fixture
 def engine(database_url: str) -> Iterator[sa.Engine]:
     engine = open_database(database_url)
-    migrate(engine)
     yield engine
     engine.dispose()
 
@@ -312,8 +310,8 @@ def test_writers_wait_for_each_other(database_url: str, engine: sa.Engine) -> No
     assert changes.revision == 120
 
 
-def test_a_database_without_tables_is_unavailable(database_url: str) -> None:
-    engine = open_database(database_url)
+def test_a_database_without_tables_is_unavailable(bare_database_url: str) -> None:
+    engine = open_database(bare_database_url)
     store = KeyStore(engine)
     for call in (lambda: store.changes(0), store.list_keys, store.list_teams, lambda: store.create(KeyDraft("k"))):
         with pytest.raises(LedgerUnavailable, match=r"no such table|does not exist"):

@@ -40,8 +40,8 @@ VERSION_0_1 = sa.Table(
 
 
 @pytest.fixture
-def engine(database_url: str) -> Iterator[sa.Engine]:
-    engine = open_database(database_url)
+def engine(bare_database_url: str) -> Iterator[sa.Engine]:
+    engine = open_database(bare_database_url)
     yield engine
     engine.dispose()
 
@@ -132,11 +132,11 @@ def migrate_when_told(database_url: str, start: multiprocessing.synchronize.Barr
     engine.dispose()
 
 
-def test_several_processes_may_migrate_at_the_same_time(engine: sa.Engine, database_url: str) -> None:
+def test_several_processes_may_migrate_at_the_same_time(engine: sa.Engine, bare_database_url: str) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     start = context.Barrier(4)
-    processes = [context.Process(target=migrate_when_told, args=(database_url, start)) for _ in range(4)]
+    processes = [context.Process(target=migrate_when_told, args=(bare_database_url, start)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -165,11 +165,11 @@ def test_a_new_sqlite_file_that_another_process_writes_to_is_waited_for(
     assert len(waits) == 3
 
 
-def test_alembic_is_not_imported_when_there_is_nothing_to_do(engine: sa.Engine, database_url: str) -> None:
+def test_alembic_is_not_imported_when_there_is_nothing_to_do(engine: sa.Engine, bare_database_url: str) -> None:
     migrate(engine)
     program = (
         "import sys; from deployments.meter.database import open_database;"
         "from deployments.meter.migrations import migrate;"
         "migrate(open_database(sys.argv[1])); sys.exit('alembic' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program, database_url], check=True, cwd=Path(__file__).parents[3])
+    subprocess.run([sys.executable, "-c", program, bare_database_url], check=True, cwd=Path(__file__).parents[3])

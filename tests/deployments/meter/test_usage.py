@@ -10,7 +10,6 @@ import sqlalchemy as sa
 from deployments.contracts import Settlement, UsageDimension, UsageQuery, UsageRow
 from deployments.meter.database import open_database
 from deployments.meter.ledger_rows import write_settlements
-from deployments.meter.migrations import migrate
 from deployments.meter.usage import read_usage, used_since
 from tests.deployments.accounts import account, settlement
 
@@ -22,7 +21,6 @@ HOUR = 3600
 @pytest.fixture
 def engine(database_url: str) -> Iterator[sa.Engine]:
     engine = open_database(database_url)
-    migrate(engine)
     yield engine
     engine.dispose()
 
