@@ -109,6 +109,13 @@ def test_a_report_needs_nothing_beside_it_and_escapes_what_servers_say(tmp_path:
     assert msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=Report) == report
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time that a report takes is that of its plots."""
+    monkeypatch.setattr("loadtests.load_report.svg", lambda _draw, _duration_s: "<svg></svg>")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_says_what_could_not_be_known() -> None:
     page = html(report_of(some_metrics(), [], served=Served("m", Lengths(1.3, 1.0), False, False)))
     assert "Replicas over time: not told by this server" in page
@@ -116,6 +123,7 @@ def test_a_report_says_what_could_not_be_known() -> None:
     assert "chunks tell no tokens" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_warns_of_a_load_generator_that_was_too_slow() -> None:
     metrics = some_metrics()
     for _ in range(100):
