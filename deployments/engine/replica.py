@@ -162,7 +162,7 @@ class EngineReplica:
             prompt_logprobs: list[PositionLogprobs | None] | None = None,
         ) -> None:
             nonlocal generated
-            if not generated:
+            if token_ids and not generated:
                 self._demand.prefilled(prompt_tokens, cached_tokens)
             generated += len(token_ids)
             if finish_reason is not None:

@@ -43,6 +43,7 @@ class ScriptedEngine:
         self.alive: dict[str, Deliver] = {}
         self.submitted: list[tuple[list[int], Sampling]] = []
         self.aborted: list[str] = []
+        self.waiting_prefill_tokens = 0
         self.full = False
         self.healthy = True
         self.shutdowns = 0
@@ -63,7 +64,12 @@ class ScriptedEngine:
             self.aborted.append(key)
 
     def load(self) -> EngineLoad:
-        return EngineLoad(running=len(self.alive), kv_blocks_free=5, kv_blocks_total=9)
+        return EngineLoad(
+            running=len(self.alive),
+            waiting_prefill_tokens=self.waiting_prefill_tokens,
+            kv_blocks_free=5,
+            kv_blocks_total=9,
+        )
 
     async def check_health(self) -> None:
         if not self.healthy:
@@ -163,6 +169,22 @@ async def test_choices_of_one_request_are_apart(replica: EngineReplica, engine: 
         for token, deliver in enumerate(engine.alive.values()):
             deliver([token], None)
         assert (await take(steps)).deltas == [TokenDelta(1, [0]), TokenDelta(2, [1])]
+
+
+async def test_what_the_prefix_cache_spares_counts_once_a_generation_with_its_first_token(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    engine.waiting_prefill_tokens = 1000
+    async with aclosing(await opened(replica)):
+        submit(replica, "s", submission(1))
+        [deliver] = engine.alive.values()
+        for token_ids in ([], [], [10], [11]):
+            deliver(token_ids, None, cached_tokens=3)
+        assert replica.signals().waiting_prefill_tokens == pytest.approx(950)
+        deliver([], "failed")
+        submit(replica, "s", submission(2, "q"))
+        engine.generate("q", [], "refused")
+        assert replica.signals().waiting_prefill_tokens == pytest.approx(950)
 
 
 @pytest.mark.parametrize(
