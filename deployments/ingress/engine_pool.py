@@ -177,9 +177,10 @@ class EnginePool:
     def start(self, generations: list[Generation]) -> None:
         """Place the generations of a new request; everything else, failure included, comes through their mailbox."""
         self._open_requests[generations[0].request_id] = generations
-        limits = self.limits
-        hold_timeout_s = limits.cold_start_timeout_s if self._asleep else limits.hold_timeout_s
-        self._place(generations, hold_timeout_s or limits.hold_timeout_s)
+        hold_timeout_s = self.limits.hold_timeout_s
+        if self.limits.cold_start_timeout_s is not None and self._asleep:
+            hold_timeout_s = self.limits.cold_start_timeout_s
+        self._place(generations, hold_timeout_s)
 
     def abort(self, generations: Iterable[Generation]) -> None:
         """End generations that nobody wants any more; frees the engines without waiting for them."""
