@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from deployments.engine.autoscaling import Decision, PoolScaler, PoolSignals, ReplicaSignals, ScalingTargets
+from tests.deployments.engine.reported_signals import IDLE
 
 TARGETS = ScalingTargets(
     min=1,
@@ -18,22 +19,6 @@ TARGETS = ScalingTargets(
     idle_to_zero_after_s=30.0,
 )
 FROM_ZERO = replace(TARGETS, min=0)
-
-IDLE = ReplicaSignals(
-    running=0,
-    waiting=0,
-    waiting_prefill_tokens=0,
-    kv_blocks_used=0,
-    kv_blocks_total=1000,
-    max_num_seqs=100,
-    arrivals_per_s=0,
-    arriving_prefill_tokens_per_s=0,
-    generated_tokens=0,
-    prefill_tokens_per_s=10_000,
-    step_s=0.01,
-    step_s_per_sequence=0,
-    start_up_s=4.0,
-)
 
 
 class Pool:

@@ -12,11 +12,11 @@ import pytest
 from ray.serve._private.common import TimeStampedValue
 from ray.serve.config import AutoscalingContext, AutoscalingPolicy
 
-from deployments.engine.autoscaling import ReplicaSignals
 from deployments.engine.autoscaling_policy import PoolPolicy
 from deployments.engine.scaling_board import ShownDecision, demand_of, report_demands
 from deployments.ingress.autoscaling_policy import IngressPolicy, wanted_ingresses
 from deployments.ingress.demand import ModelDemand, demand_values
+from tests.deployments.engine.reported_signals import IDLE
 
 NOW = 1_800_000_000.0
 TARGETS = {
@@ -27,21 +27,7 @@ TARGETS = {
     "scale_down_after_s": 60.0,
     "idle_to_zero_after_s": 60.0,
 }
-BUSY = ReplicaSignals(
-    running=100,
-    waiting=0,
-    waiting_prefill_tokens=0,
-    kv_blocks_used=0,
-    kv_blocks_total=1000,
-    max_num_seqs=100,
-    arrivals_per_s=0,
-    arriving_prefill_tokens_per_s=0,
-    generated_tokens=0,
-    prefill_tokens_per_s=0,
-    step_s=0,
-    step_s_per_sequence=0,
-    start_up_s=0,
-)
+BUSY = IDLE._replace(running=100)
 
 
 @pytest.fixture
