@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
 from deployments.ingress.detokenizer import Detokenizer
+from tests.deployments.ingress.byte_level import byte_alphabet, byte_level_tokenizer
 
 EMOJI = "👩‍🚀"
 EURO = "€".encode()
@@ -26,19 +27,7 @@ def byte_level() -> Tokenizer:
     several = [b"he", b" w", "日".encode(), EURO[:2], EURO[2:] + EURO[:2]]
     names = ["".join(visible[byte] for byte in data) for data in several]
     vocabulary = ["<|end|>", *visible.values(), *names]
-    merges = [("h", "e"), ("Ġ", "w")]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
-    return tokenizer
-
-
-def byte_alphabet() -> dict[int, str]:
-    """GPT-2's visible character of every byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return byte_level_tokenizer({token: i for i, token in enumerate(vocabulary)}, [("h", "e"), ("Ġ", "w")])
 
 
 @cache

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from deployments.contracts import PositionLogprobs
 from deployments.ingress.detokenizer import Detokenizer
 from deployments.ingress.logprobs import Logprobs, LogprobsWriter, TokenTexts, prompt_logprobs_fields
+from tests.deployments.ingress.byte_level import byte_alphabet, byte_level_tokenizer
 
 no_deadline = settings(deadline=None)
 
@@ -36,18 +37,7 @@ def byte_level() -> Tokenizer:
         for length in range(2, len(name) + 1):
             vocabulary[name[:length]] = len(vocabulary)
             merges.append((name[: length - 1], name[length - 1]))
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
-    return tokenizer
-
-
-def byte_alphabet() -> dict[int, str]:
-    """GPT-2's visible character of every byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return byte_level_tokenizer(vocabulary, merges)
 
 
 def byte_ids(data: bytes) -> list[int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from deployments.meter.database import open_database
 from deployments.meter.migrations import migrate
@@ -30,3 +32,10 @@ def database_url(bare_database_url: str, tmp_path: Path) -> str:
     migrate(engine)
     engine.dispose()
     return bare_database_url
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[sa.Engine]:
+    engine = open_database(database_url)
+    yield engine
+    engine.dispose()

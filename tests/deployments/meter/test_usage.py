@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from deployments.contracts import Settlement, UsageDimension, UsageQuery, UsageRow
-from deployments.meter.database import open_database
 from deployments.meter.ledger_rows import write_settlements
 from deployments.meter.usage import read_usage, used_since
 from tests.deployments.accounts import account, settlement
@@ -16,13 +14,6 @@ from tests.deployments.accounts import account, settlement
 DAY = 1_750_032_000
 """The beginning of a day of UTC, Unix time in seconds."""
 HOUR = 3600
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[sa.Engine]:
-    engine = open_database(database_url)
-    yield engine
-    engine.dispose()
 
 
 def used(
