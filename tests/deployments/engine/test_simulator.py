@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from deployments.contracts import FinishReason, PositionLogprobs, Sampling
 from deployments.engine.simulator import SimulatedOutput, Simulator, SimulatorSettings, Step
+from tests.conftest import THOROUGH
 
 no_deadline = settings(deadline=None)
 
@@ -392,7 +393,7 @@ operations = st.lists(st.one_of(submissions, st.integers(0, 5), st.none()), max_
 """A prompt, max_tokens and prompt_logprobs to submit, the place of a living sequence to abort, or None for a step."""
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=300 if THOROUGH else 100)
 @given(operations, st.booleans(), st.integers(1, 8))
 def test_kv_blocks_are_conserved_whatever_happens(
     script: list[tuple[list[int], int, int | None] | int | None], prefix_cache: bool, chunk: int

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from deployments.contracts import Sampling
 from deployments.engine.simulator import Simulator, SimulatorSettings
 from serve_app.planning.replica_model import ReplicaModel, Unfinished
+from tests.conftest import THOROUGH
 
 BLOCKS, BLOCK_TOKENS = 24, 4
 
@@ -68,7 +69,7 @@ def event_by_event(engine: SimulatorSettings, requests: list[Asked], looks: list
     return times
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=300 if THOROUGH else 100)
 @given(
     prefill_tokens_per_s=st.sampled_from([None, 300.0, 5000.0]),
     step_s=st.sampled_from([0.0, 0.002, 0.013]),
