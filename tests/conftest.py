@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from serve_app.config import millstream_home
 from serve_app.model_source import prepare_model
@@ -26,6 +27,10 @@ from tests.vllm_server import vllm_server
 ROOT = Path(__file__).parents[1]
 THOROUGH = bool(os.environ.get("MILLSTREAM_THOROUGH"))
 """Whether tests that repeat themselves, or draw cases at random, do so as often as they ever do."""
+
+# How busy the machine is says nothing of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.hookimpl(wrapper=True)

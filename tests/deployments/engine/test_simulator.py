@@ -12,8 +12,6 @@ from deployments.contracts import FinishReason, PositionLogprobs, Sampling
 from deployments.engine.simulator import SimulatedOutput, Simulator, SimulatorSettings, Step
 from tests.conftest import THOROUGH
 
-no_deadline = settings(deadline=None)
-
 tokens = st.integers(0, 99)
 prompts = st.lists(tokens, min_size=1, max_size=40)
 
@@ -51,7 +49,6 @@ def complete(prompt: list[int], *, max_tokens: int = 8, seed: int | None = None,
 # --- which tokens -------------------------------------------------------------------------------------------------
 
 
-@no_deadline
 @given(prompts, st.none() | st.integers(-5, 1 << 64))
 def test_the_same_prompt_and_seed_give_the_same_tokens(prompt: list[int], seed: int | None) -> None:
     assert complete(prompt, seed=seed) == complete(list(prompt), seed=seed)
@@ -68,7 +65,6 @@ def test_another_prompt_or_seed_gives_other_tokens() -> None:
     assert len({tuple(continuation) for continuation in continuations}) == len(continuations)
 
 
-@no_deadline
 @given(prompts, st.none() | st.integers(0, 9), st.integers(0, 29))
 def test_a_generation_resumed_from_prompt_and_tokens_continues_identically(
     prompt: list[int], seed: int | None, split: int
@@ -78,7 +74,6 @@ def test_a_generation_resumed_from_prompt_and_tokens_continues_identically(
     assert whole[:split] + rest == whole
 
 
-@no_deadline
 @given(st.lists(prompts, min_size=1, max_size=6), st.booleans())
 def test_the_other_sequences_of_a_batch_do_not_change_the_tokens(batch: list[list[int]], prefix_cache: bool) -> None:
     engine = simulator(prefix_cache=prefix_cache, max_num_seqs=3, max_prefill_tokens_per_step=7, kv_block_tokens=4)
@@ -89,7 +84,6 @@ def test_the_other_sequences_of_a_batch_do_not_change_the_tokens(batch: list[lis
         assert [output.token_id for output in outputs_of(steps, str(number))] == complete(prompt)
 
 
-@no_deadline
 @given(prompts)
 def test_special_tokens_are_never_generated(prompt: list[int]) -> None:
     engine = simulator(vocabulary_tokens=12, first_token=10)
@@ -100,7 +94,6 @@ def test_special_tokens_are_never_generated(prompt: list[int]) -> None:
 # --- when a generation ends ---------------------------------------------------------------------------------------
 
 
-@no_deadline
 @given(prompts, st.integers(1, 20))
 def test_a_generation_ends_at_max_tokens(prompt: list[int], max_tokens: int) -> None:
     engine = simulator()
@@ -153,7 +146,6 @@ def prompt_positions_of(prompt: list[int], **sampling: Any) -> list[PositionLogp
     return first.prompt_logprobs or []
 
 
-@no_deadline
 @given(prompts, st.none() | st.integers(0, 5), st.none() | st.integers(0, 5), st.none() | st.integers(0, 9))
 def test_asking_for_log_probabilities_changes_no_token(
     prompt: list[int], logprobs: int | None, prompt_logprobs: int | None, seed: int | None
@@ -170,7 +162,6 @@ def test_log_probabilities_are_told_only_where_they_were_asked_for() -> None:
     assert prompt_positions_of([1, 2, 3], logprobs=2) == []
 
 
-@no_deadline
 @given(prompts, st.integers(0, 99))
 def test_the_likeliest_token_is_generated_and_told_first(prompt: list[int], likeliest: int) -> None:
     tokens = complete(prompt)
@@ -183,7 +174,6 @@ def test_the_likeliest_token_is_generated_and_told_first(prompt: list[int], like
         assert max(position.logprobs) < 0
 
 
-@no_deadline
 @given(prompts, st.integers(0, 5), st.none() | st.integers(0, 9))
 def test_scoring_a_text_tells_what_generating_it_told(prompt: list[int], likeliest: int, seed: int | None) -> None:
     tokens = complete(prompt, seed=seed)
@@ -192,7 +182,6 @@ def test_scoring_a_text_tells_what_generating_it_told(prompt: list[int], likelie
     assert scored[len(prompt) :] == generated
 
 
-@no_deadline
 @given(prompts, st.integers(0, 5))
 def test_the_tokens_of_a_prompt_come_first_and_the_likeliest_after_them(prompt: list[int], likeliest: int) -> None:
     first, *others = prompt_positions_of(prompt, prompt_logprobs=likeliest)
@@ -393,7 +382,7 @@ operations = st.lists(st.one_of(submissions, st.integers(0, 5), st.none()), max_
 """A prompt, max_tokens and prompt_logprobs to submit, the place of a living sequence to abort, or None for a step."""
 
 
-@settings(deadline=None, max_examples=300 if THOROUGH else 100)
+@settings(max_examples=300 if THOROUGH else 100)
 @given(operations, st.booleans(), st.integers(1, 8))
 def test_kv_blocks_are_conserved_whatever_happens(
     script: list[tuple[list[int], int, int | None] | int | None], prefix_cache: bool, chunk: int

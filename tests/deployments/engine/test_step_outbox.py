@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.contracts import EngineLoad, EngineStep, PositionLogprobs, TokenDelta
@@ -225,7 +225,6 @@ async def test_a_receiver_that_never_pulls_costs_one_delta_per_generation() -> N
         ]
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(st.none(), st.integers(0, 3)), max_size=50))
 def test_every_token_is_sent_once_in_order_and_sequence_numbers_have_no_gaps(script: list[int | None]) -> None:
     """None pulls, a number pushes the next token of that generation. Odd ones tell log probabilities."""

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.contracts import PromptOptions, RepetitionDetection, Sampling, StructuredOutputs, Submission, pack
@@ -691,7 +691,6 @@ json_values = st.recursive(
 names = st.sampled_from([*CompletionRequest.model_fields, "other"])
 
 
-@settings(deadline=None)
 @given(st.dictionaries(names, json_values, max_size=5))
 def test_any_json_is_either_accepted_or_refused_in_our_words(fields: dict[str, Any]) -> None:
     body = json.dumps({"model": "m", "prompt": "p", **fields}).encode()
@@ -703,7 +702,6 @@ def test_any_json_is_either_accepted_or_refused_in_our_words(fields: dict[str, A
         pack(Submission(1, [1], request.sampling(0), account("req"), "Meter"))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused_in_our_words(body: bytes) -> None:
     refused(body)

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.decoders import DecodeStream
@@ -17,7 +17,6 @@ from tests.deployments.ingress.byte_level import byte_alphabet, byte_level_token
 
 EMOJI = "👩‍🚀"
 EURO = "€".encode()
-no_deadline = settings(deadline=None)
 
 
 @cache
@@ -124,7 +123,6 @@ def token_lists(tokenizer: Tokenizer, max_size: int = 40) -> st.SearchStrategy[l
     return pieces.map(lambda lists: [token for tokens in lists for token in tokens][:max_size])
 
 
-@no_deadline
 @given(st.data(), st.sampled_from([byte_level(), byte_fallback()]))
 def test_the_text_is_that_of_vllm(data: st.DataObject, tokenizer: Tokenizer) -> None:
     end_of_prompt = data.draw(st.sampled_from(["hello", "!", "a"]))
@@ -135,7 +133,6 @@ def test_the_text_is_that_of_vllm(data: st.DataObject, tokenizer: Tokenizer) -> 
     assert detokenizer.push(tokens) == vllm_text(tokenizer, tokens, prompt, skip=skip)
 
 
-@no_deadline
 @given(st.data(), st.sampled_from([byte_level(), byte_fallback()]))
 def test_batches_do_not_change_the_text(data: st.DataObject, tokenizer: Tokenizer) -> None:
     prompt = data.draw(token_lists(tokenizer))
@@ -146,7 +143,6 @@ def test_batches_do_not_change_the_text(data: st.DataObject, tokenizer: Tokenize
     assert "".join(map(detokenizer.push, batches)) == text_of(tokenizer, tokens, prompt)
 
 
-@no_deadline
 @given(st.text(max_size=40).filter(lambda text: "\ufffd" not in text), st.sampled_from(["", "hello"]))
 def test_any_text_comes_back_in_whole_characters(text: str, prompt: str) -> None:
     tokenizer = byte_level()
@@ -158,7 +154,6 @@ def test_any_text_comes_back_in_whole_characters(text: str, prompt: str) -> None
     assert [delta != "" for delta in pushed] == [n in ends for n in range(1, len(tokens) + 1)]
 
 
-@no_deadline
 @given(st.text(alphabet="ab! é€日👍", max_size=40))
 def test_any_text_comes_back_from_a_byte_fallback_tokenizer(text: str) -> None:
     tokenizer = byte_fallback()
@@ -201,7 +196,6 @@ def test_an_added_token_at_the_end_of_the_prompt_does_not_take_the_space_of_the_
     assert Detokenizer(tokenizer, ids(tokenizer, "!", "<|a|>"), **options).push(tokens) == " <b><b>"
 
 
-@no_deadline
 @given(st.data(), st.sampled_from([spaced(), metaspace(), byte_level(), byte_fallback()]), st.booleans(), st.booleans())
 def test_spaces_between_special_tokens_are_those_of_vllm(
     data: st.DataObject, tokenizer: Tokenizer, skip: bool, spaces: bool
@@ -258,7 +252,6 @@ def test_invalid_bytes_after_a_character_of_bytes_are_not_held_back_for_ever() -
     assert 100 - 32 < len(text) <= 100
 
 
-@no_deadline
 @given(st.integers(0, 40), st.sampled_from(["é", "€", "👍"]))
 @example(29, "👍")
 def test_a_character_after_invalid_bytes_is_whole(invalid: int, character: str) -> None:
@@ -298,7 +291,6 @@ def test_smollm2_gives_vllms_text(smollm2: Tokenizer) -> None:
     prompt = smollm2.encode("<|im_start|>user\nHello").ids
     assert text_of(smollm2, tokens, prompt) == vllm_text(smollm2, tokens, prompt) == text
 
-    @no_deadline
     @given(st.lists(st.integers(0, smollm2.get_vocab_size() - 1), max_size=100), st.booleans())
     def check(tokens: list[int], skip: bool) -> None:
         detokenizer = Detokenizer(smollm2, prompt, skip_special_tokens=skip)
@@ -314,7 +306,6 @@ def test_smollm2_gives_the_text_of_vllm_itself(smollm2: Tokenizer) -> None:
     vllm = pytest.importorskip("vllm")
     engine = pytest.importorskip("vllm.v1.engine.detokenizer")
 
-    @no_deadline
     @given(st.data(), st.sampled_from([smollm2, spaced()]), st.booleans(), st.booleans())
     def check(data: st.DataObject, tokenizer: Tokenizer, skip: bool, spaces: bool) -> None:
         tokens = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=100))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling, TokenDelta
@@ -847,7 +847,7 @@ def ended(tasks: Iterable[asyncio.Task[Request]]) -> list[Request]:
     return [task.result() for task in tasks]
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(st.lists(faults, max_size=12), st.lists(arrivals, min_size=1, max_size=40))
 def test_whatever_happens_to_the_replicas_every_generation_ends_once_with_exactly_its_tokens(
     schedule: list[Fault], load: list[tuple[float, int]]

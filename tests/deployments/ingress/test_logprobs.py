@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -19,8 +19,6 @@ from deployments.contracts import PositionLogprobs
 from deployments.ingress.detokenizer import Detokenizer
 from deployments.ingress.logprobs import Logprobs, LogprobsWriter, TokenTexts, prompt_logprobs_fields
 from tests.deployments.ingress.byte_level import byte_alphabet, byte_level_tokenizer
-
-no_deadline = settings(deadline=None)
 
 FAMILY = "👩‍👩‍👧"
 MIXED = f"Zwölf Boxkämpfer: 日本語のテキスト, {FAMILY} 🇩🇪 “naïve” — 한국어 привет €5\n\tdef f(x): return x"
@@ -138,7 +136,6 @@ def test_each_of_the_likeliest_tokens_reads_like_the_continuation_it_would_be() 
     assert [list(top or {}) for top in logprobs.top_logprobs] == [["", "a"], [""], ["€", "₭", "a", ""]]
 
 
-@no_deadline
 @given(st.text(max_size=30).filter(lambda text: "\ufffd" not in text))
 @example("")
 @example(MIXED)
@@ -156,7 +153,6 @@ def test_texts_add_up_for_smollm2(smollm2: Tokenizer) -> None:
     assert_adds_up(written(smollm2, smollm2.encode(MIXED).ids), MIXED)
     common = st.sampled_from("ab \n’“—é€日本語中文字한국어приветعربي👍🚀👩\u200d🇩🇪")
 
-    @no_deadline
     @given(st.text(common, max_size=30) | st.text(max_size=20))
     def check(text: str) -> None:
         token_ids = smollm2.encode(text).ids
@@ -278,7 +274,6 @@ def test_of_the_first_token_of_an_echo_nothing_is_known(as_token_ids: bool) -> N
     )
 
 
-@no_deadline
 @given(st.text(max_size=20), st.text(max_size=20))
 @example("x日本", "日本€")
 def test_an_echo_adds_up_with_what_follows(prompt: str, completion: str) -> None:
@@ -330,7 +325,6 @@ def chosen(told: Sequence[PositionLogprobs]) -> list[int]:
     return [position.token_ids[0] for position in told]
 
 
-@no_deadline
 @given(
     positions(byte_level()),
     positions(byte_level()),
@@ -451,7 +445,6 @@ def test_all_is_told_as_by_vllm_itself(smollm2: Tokenizer) -> None:
         for tokenizer in tokenizers
     ]
 
-    @no_deadline
     @given(st.data(), st.integers(0, 3), st.integers(0, 3), st.booleans())
     def check(data: st.DataObject, number: int, top: int, as_token_ids: bool) -> None:
         tokenizer = tokenizers[number]

@@ -3,12 +3,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.ingress.stop_strings import Scan, StopStrings
 
-no_deadline = settings(deadline=None)
 few_letters = st.text(alphabet="ab", max_size=6)
 stop_lists = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1, max_size=4)
 
@@ -34,7 +33,6 @@ def expected(stops: Sequence[str], texts: Sequence[str], unarmed: int, *, includ
     return text, None
 
 
-@no_deadline
 @given(stop_lists, st.lists(few_letters, max_size=12), st.integers(0, 4), st.booleans())
 def test_the_text_ends_at_the_stop_string_that_completes_first(
     stops: list[str], texts: list[str], unarmed: int, include: bool
@@ -43,7 +41,6 @@ def test_the_text_ends_at_the_stop_string_that_completes_first(
     assert filtered(strings, texts, unarmed) == expected(stops, texts, unarmed, include=include)
 
 
-@no_deadline
 @given(stop_lists, st.lists(few_letters, max_size=12))
 def test_only_the_beginning_of_a_stop_string_is_held_back(stops: list[str], texts: list[str]) -> None:
     strings = StopStrings(stops)
@@ -57,7 +54,6 @@ def test_only_the_beginning_of_a_stop_string_is_held_back(stops: list[str], text
         assert sent == pushed[: len(pushed) - held]
 
 
-@no_deadline
 @given(stop_lists, st.lists(few_letters, max_size=12))
 def test_nothing_is_held_back_when_the_stop_string_is_included(stops: list[str], texts: list[str]) -> None:
     strings = StopStrings(stops, include_in_output=True)
@@ -118,7 +114,6 @@ def test_what_was_held_back_comes_at_the_end() -> None:
 def test_the_text_is_that_of_vllm() -> None:
     engine = pytest.importorskip("vllm.v1.engine.detokenizer")
 
-    @no_deadline
     @given(stop_lists, st.lists(few_letters, max_size=12), st.integers(0, 4), st.booleans())
     def check(stops: list[str], texts: list[str], unarmed: int, include: bool) -> None:
         text, theirs = "", None

@@ -6,14 +6,12 @@ from types import SimpleNamespace
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from deployments.contracts import FinishReason
 from deployments.ingress.text_stream import TextDelta, TextStream
-
-no_deadline = settings(deadline=None)
 
 
 @cache
@@ -143,7 +141,6 @@ def whole(choice: TextStream, batches: Sequence[list[int]], finish: FinishReason
     raise AssertionError("not finished")
 
 
-@no_deadline
 @given(st.data(), token_lists, stop_lists, st.integers(0, 5), st.booleans())
 def test_batches_do_not_change_the_choice(
     data: st.DataObject, tokens: list[int], stops: list[str], min_tokens: int, include: bool
@@ -164,7 +161,6 @@ def test_the_choice_is_that_of_vllm() -> None:
     vllm = pytest.importorskip("vllm")
     engine = pytest.importorskip("vllm.v1.engine.detokenizer")
 
-    @no_deadline
     @given(token_lists, stop_lists, st.integers(0, 5), st.booleans(), st.booleans())
     def check(tokens: list[int], stops: list[str], min_tokens: int, include: bool, stop_token: bool) -> None:
         tokens = [*tokens, END]

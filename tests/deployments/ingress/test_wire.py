@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deployments.ingress.errors import InvalidRequest
@@ -23,8 +23,6 @@ from deployments.ingress.wire import (
     completion_body,
     error_event,
 )
-
-no_deadline = settings(deadline=None)
 
 texts = st.text() | st.text(alphabet='\x00\x1f\x7f"\\/\n\r\t\u2028\u2029\ufeff\ufffd€日👩‍🚀%{}b', max_size=20)
 reasons: st.SearchStrategy[Literal["stop", "length"] | None] = st.sampled_from(["stop", "length", None])
@@ -102,7 +100,6 @@ def choice_deltas(draw: st.DrawFn) -> ChoiceDelta:
     )
 
 
-@no_deadline
 @given(choice_deltas(), texts, st.none() | usages, st.booleans())
 @example(ChoiceDelta(0, 'a"b\\c\n\u2028\u2029\x00%b%d%%', None), "m%b", None, True)
 @example(ChoiceDelta(0, "", "stop", "%b%d"), "m", None, True)
@@ -132,7 +129,6 @@ def test_a_chunk_is_the_dumped_dictionary(
     assert len(chunk.splitlines()) == 2  # an event is one line of data, whatever the text
 
 
-@no_deadline
 @given(texts, usages)
 def test_the_usage_chunk_is_the_dumped_dictionary(model: str, usage: Usage) -> None:
     chunk = ChunkTemplate(head(model), usage_follows=True).usage(usage)
@@ -154,7 +150,6 @@ choices = st.builds(
 )
 
 
-@no_deadline
 @given(texts, st.lists(choices, max_size=3), usages)
 def test_a_whole_answer_is_the_dumped_dictionary(model: str, told: list[Choice], usage: Usage) -> None:
     expected: list[dict[str, Any]] = []
@@ -215,7 +210,6 @@ def test_joining_leaves_the_deltas_as_they_are() -> None:
     assert deltas[0].token_ids == [5]
 
 
-@no_deadline
 @given(st.lists(st.tuples(texts, token_ids, st.lists(positions, max_size=2)), min_size=1, max_size=5), st.data())
 def test_how_a_choice_came_in_pieces_does_not_show(
     pieces: list[tuple[str, list[int], list[tuple[int, float | None, str, dict[str, float] | None]]]],
@@ -251,7 +245,6 @@ def test_how_a_choice_came_in_pieces_does_not_show(
 # --- everything else -----------------------------------------------------------------------------------------------
 
 
-@no_deadline
 @given(texts)
 def test_an_error_is_one_event(message: str) -> None:
     chunk = error_event(InvalidRequest(message, param="prompt", code="c").body())

@@ -251,7 +251,7 @@ async def test_tokens_that_are_cut_off_are_not_looked_at(meter: Meter, prompt: l
             assert answer.token_ids == [kept]
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.text("zyx é", max_size=70) | st.lists(st.integers(1, 200), max_size=70), min_size=1, max_size=4),
     st.none() | st.just(-1) | st.integers(1, 70),

@@ -231,7 +231,7 @@ async def test_changed_limits_hold_at_once_and_know_the_last_minute(meter: Meter
     await admitted(meter, ask(key, clock))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(
     st.lists(
         st.tuples(st.integers(1, 20), st.integers(1, 10), st.floats(0.0, 25.0), st.integers(0, 10), st.booleans()),

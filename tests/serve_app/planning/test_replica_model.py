@@ -69,7 +69,7 @@ def event_by_event(engine: SimulatorSettings, requests: list[Asked], looks: list
     return times
 
 
-@settings(deadline=None, max_examples=300 if THOROUGH else 100)
+@settings(max_examples=300 if THOROUGH else 100)
 @given(
     prefill_tokens_per_s=st.sampled_from([None, 300.0, 5000.0]),
     step_s=st.sampled_from([0.0, 0.002, 0.013]),
