@@ -27,7 +27,8 @@ from deployments.engine.simulated_engine import SimulatedEngine, vocabulary_of
 from deployments.engine.simulator import SimulatorSettings
 from deployments.engine.vllm_engine import VllmEngine, VllmSettings
 from deployments.logging import configure_logging, log_targets_kept
-from deployments.meter.meter_transport import MeterUnreachable, RemoteMeter
+from deployments.meter.meter_transport import MeterUnreachable
+from deployments.meter.remote_meter import RemoteMeter
 from deployments.meter.shards import GATEWAY, meter_names
 from deployments.settlement_outbox import SettlementOutbox
 from deployments.step_connection import StepServer

@@ -21,7 +21,7 @@ from deployments.ingress.metrics import ingress_counters
 from deployments.ingress.serve_transport import ServePeers, ServePools
 from deployments.ingress.write_rounds import WriteRounds
 from deployments.logging import configure_logging
-from deployments.meter.meter_transport import RemoteMeter
+from deployments.meter.remote_meter import RemoteMeter
 
 __all__ = ["IngressDeployment"]
 

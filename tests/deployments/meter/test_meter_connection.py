@@ -13,7 +13,7 @@ from deployments.contracts import pack
 from deployments.meter import meter_connection
 from deployments.meter.errors import LedgerUnavailable
 from deployments.meter.meter_connection import MeterConnection, MeterMethod, MeterServer, MeterUnreachable
-from deployments.meter.meter_transport import RemoteMeter
+from deployments.meter.remote_meter import RemoteMeter
 from deployments.ticketed_connection import connected
 
 

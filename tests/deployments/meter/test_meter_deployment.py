@@ -30,7 +30,8 @@ from deployments.meter import deployment
 from deployments.meter.deployment import MeterDeployment
 from deployments.meter.errors import AdminKeyError, MeterClosed
 from deployments.meter.keys import ADMIN_KEY_VARIABLE, key_digest
-from deployments.meter.meter_transport import MeterUnreachable, RemoteMeter
+from deployments.meter.meter_transport import MeterUnreachable
+from deployments.meter.remote_meter import RemoteMeter
 from tests.deployments.meter.running_meter import settlement
 from tests.deployments.meter.tiny_tokenizer import save_tiny_tokenizer
 
