@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,15 +61,6 @@ def spaced() -> Tokenizer:
     tokenizer.add_special_tokens(["<|a|>"])
     tokenizer.add_tokens(["<b>"])
     return tokenizer
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Tokenizer:
-    home = Path(os.environ.get("MILLSTREAM_HOME", "~/.millstream")).expanduser()
-    prepared = sorted(home.glob("models/*smollm2*/tokenizer.json"))
-    if not prepared:
-        pytest.skip(f"no prepared SmolLM2 under {home}")
-    return Tokenizer.from_file(str(prepared[0]))
 
 
 def ids(tokenizer: Tokenizer, *tokens: str) -> list[int]:
@@ -285,16 +274,16 @@ def test_a_long_prompt_is_not_read_whole() -> None:
     assert text_of(tokenizer, tail, Prompt(tail * 10_000)) == "a" * 8
 
 
-def test_smollm2_gives_vllms_text(smollm2: Tokenizer) -> None:
+def test_smollm2_gives_vllms_text(smollm2_tokenizer: Tokenizer) -> None:
     text = f"Zwölf Boxkämpfer, 日本語のテキスト, {EMOJI} 🇩🇪 and naïve café\n\tdef f(x): return x"
-    tokens = smollm2.encode(text).ids
-    prompt = smollm2.encode("<|im_start|>user\nHello").ids
-    assert text_of(smollm2, tokens, prompt) == vllm_text(smollm2, tokens, prompt) == text
+    tokens = smollm2_tokenizer.encode(text).ids
+    prompt = smollm2_tokenizer.encode("<|im_start|>user\nHello").ids
+    assert text_of(smollm2_tokenizer, tokens, prompt) == vllm_text(smollm2_tokenizer, tokens, prompt) == text
 
-    @given(st.lists(st.integers(0, smollm2.get_vocab_size() - 1), max_size=100), st.booleans())
+    @given(st.lists(st.integers(0, smollm2_tokenizer.get_vocab_size() - 1), max_size=100), st.booleans())
     def check(tokens: list[int], skip: bool) -> None:
-        detokenizer = Detokenizer(smollm2, prompt, skip_special_tokens=skip)
-        assert detokenizer.push(tokens) == vllm_text(smollm2, tokens, prompt, skip=skip)
+        detokenizer = Detokenizer(smollm2_tokenizer, prompt, skip_special_tokens=skip)
+        assert detokenizer.push(tokens) == vllm_text(smollm2_tokenizer, tokens, prompt, skip=skip)
 
     check()
 
@@ -302,11 +291,11 @@ def test_smollm2_gives_vllms_text(smollm2: Tokenizer) -> None:
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("default")
-def test_smollm2_gives_the_text_of_vllm_itself(smollm2: Tokenizer) -> None:
+def test_smollm2_gives_the_text_of_vllm_itself(smollm2_tokenizer: Tokenizer) -> None:
     vllm = pytest.importorskip("vllm")
     engine = pytest.importorskip("vllm.v1.engine.detokenizer")
 
-    @given(st.data(), st.sampled_from([smollm2, spaced()]), st.booleans(), st.booleans())
+    @given(st.data(), st.sampled_from([smollm2_tokenizer, spaced()]), st.booleans(), st.booleans())
     def check(data: st.DataObject, tokenizer: Tokenizer, skip: bool, spaces: bool) -> None:
         tokens = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=100))
         prompt = tokenizer.encode("hello world!").ids

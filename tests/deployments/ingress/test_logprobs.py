@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,15 +57,6 @@ def metaspace(marker: str = "▁", *, in_sequence: bool = False, strips: bool = 
     )
     tokenizer.add_special_tokens(["<s>"])
     return tokenizer
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Tokenizer:
-    home = Path(os.environ.get("MILLSTREAM_HOME", "~/.millstream")).expanduser()
-    prepared = sorted(home.glob("models/*smollm2*/tokenizer.json"))
-    if not prepared:
-        pytest.skip(f"no prepared SmolLM2 under {home}")
-    return Tokenizer.from_file(str(prepared[0]))
 
 
 def position(token_id: int, *others: int) -> PositionLogprobs:
@@ -149,16 +138,16 @@ def test_texts_add_up_to_the_text_and_offsets_point_into_it(text: str) -> None:
     assert Detokenizer(tokenizer, byte_ids(b"a")).push(token_ids) == text
 
 
-def test_texts_add_up_for_smollm2(smollm2: Tokenizer) -> None:
-    assert_adds_up(written(smollm2, smollm2.encode(MIXED).ids), MIXED)
+def test_texts_add_up_for_smollm2(smollm2_tokenizer: Tokenizer) -> None:
+    assert_adds_up(written(smollm2_tokenizer, smollm2_tokenizer.encode(MIXED).ids), MIXED)
     common = st.sampled_from("ab \n’“—é€日本語中文字한국어приветعربي👍🚀👩\u200d🇩🇪")
 
     @given(st.text(common, max_size=30) | st.text(max_size=20))
     def check(text: str) -> None:
-        token_ids = smollm2.encode(text).ids
-        seen = smollm2.decode(token_ids)  # it has no tokens for some bytes, of the rarest characters
+        token_ids = smollm2_tokenizer.encode(text).ids
+        seen = smollm2_tokenizer.decode(token_ids)  # it has no tokens for some bytes, of the rarest characters
         if "\ufffd" not in seen:
-            assert_adds_up(written(smollm2, token_ids), seen)
+            assert_adds_up(written(smollm2_tokenizer, token_ids), seen)
 
     check()
 
@@ -397,7 +386,7 @@ def test_prompt_logprobs_are_told_by_token_id() -> None:
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("default")
-def test_all_is_told_as_by_vllm_itself(smollm2: Tokenizer) -> None:
+def test_all_is_told_as_by_vllm_itself(smollm2_tokenizer: Tokenizer) -> None:
     np = pytest.importorskip("numpy")
     processing = pytest.importorskip("vllm.v1.engine.logprobs")
     serving = pytest.importorskip("vllm.entrypoints.openai.completion.serving").OpenAIServingCompletion
@@ -439,7 +428,7 @@ def test_all_is_told_as_by_vllm_itself(smollm2: Tokenizer) -> None:
             [delivered(likely) for likely in processor.logprobs],
         )
 
-    tokenizers = [byte_level(), metaspace(), metaspace(strips=False), smollm2]
+    tokenizers = [byte_level(), metaspace(), metaspace(strips=False), smollm2_tokenizer]
     wrapped = [
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
         for tokenizer in tokenizers
