@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -49,16 +50,16 @@ def test_clients_notice_nothing_when_a_host_is_lost_or_a_model_cannot_start() ->
 
 
 def test_nothing_is_left_after_ctrl_c() -> None:
-    process = psutil.Popen(_COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if b"pod added" in line:
-            break
-    else:
-        pytest.fail(process.communicate()[1].decode())
-    started = process.children(recursive=True)
-    assert any("raylet" in each.name() or "gcs_server" in each.name() for each in started)
-    os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told.decode()
+    process = subprocess.Popen(
+        _COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    with process:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        told = list(itertools.takewhile(lambda line: "] pods: " not in line, lines))
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert any(each.name() == "gcs_server" for each in started), told
+        os.killpg(process.pid, signal.SIGINT)
+        told += lines
+        assert process.wait(60.0) == 130, told
     assert [each for each in started if each.is_running()] == []
