@@ -1,8 +1,7 @@
 """Calls that are made while one is under way travel together in the next.
 
 An idle system makes each call at once, a loaded one makes fewer, larger ones, and no timer decides. A call between two
-Serve replicas costs far more than what it carries: with this an ingress takes twice as many requests per second
-(docs/performance.md).
+processes costs more than what it carries (docs/performance.md).
 """
 
 from __future__ import annotations
