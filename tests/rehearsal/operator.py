@@ -86,6 +86,14 @@ class Operator:
                 if time.monotonic() > deadline:
                     raise
 
+    async def evict(self, pod: Pod) -> None:
+        """As when its node is to be emptied: SIGTERM and time to end. Returns when it has; another is made at once."""
+        pod.ending = True
+        self._wanted.set()
+        await pod.end()
+        del self.pods[pod.name]
+        self._filter_packets()
+
     def of_group(self, group: str) -> list[Pod]:
         """Pods that are not ending, the oldest first."""
         return [pod for pod in self.pods.values() if pod.group == group and not pod.ending]
@@ -111,7 +119,7 @@ class Operator:
                 for name in group.get("scaleStrategy", {}).get("workersToDelete", []):
                     if name in self.pods and not self.pods[name].ending:
                         log.info("pod given back", pod=name)
-                        self._spawn(self._remove(self.pods[name]))
+                        self._spawn(self.evict(self.pods[name]))
                 for _ in range(group["replicas"] - len(self.of_group(group["groupName"]))):
                     self._numbers[group["groupName"]] += 1
                     name = f"{self.manifests.name}-{group['groupName']}-{self._numbers[group['groupName']]}"
@@ -138,12 +146,6 @@ class Operator:
             await pod.may_run.wait()
             log.info("container ended, is started again", pod=pod.name)
             await pod.start()
-
-    async def _remove(self, pod: Pod) -> None:
-        await pod.end()
-        del self.pods[pod.name]
-        self._filter_packets()
-        self._wanted.set()
 
     def _filter_packets(self) -> None:
         endpoints = [_OPERATOR, *(Endpoint(pod.address, pod.template.labels) for pod in self.pods.values())]

@@ -16,6 +16,7 @@ import yaml
 
 from deployments.meter.database import open_database
 from deployments.meter.schema import REQUESTS
+from serve_app.kubernetes.groups import GATEWAY_GROUP
 from tests.conftest import eventually
 from tests.rehearsal.cluster import SERVE_PORT, RehearsedCluster
 from tests.rehearsal.load import Load, Request
@@ -321,8 +322,28 @@ async def scaled(rehearsal: Rehearsal) -> str:
     return f"1 to 3 in {times[1]:.0f} s, 3 to 1 in {times[2]:.0f} s; {seen} requests, 0 failed"
 
 
+async def pods_evicted(rehearsal: Rehearsal) -> str:
+    """(g) The nodes of an engine and of a gateway are emptied, one after the other: SIGTERM, and time to end."""
+    cluster = rehearsal.cluster
+    told = []
+    for group in (_ENGINES, GATEWAY_GROUP):
+        pod = cluster.operator.of_group(group)[0]
+        open_then = await rehearsal.load.streaming()
+        begun = _now()
+        await cluster.operator.evict(pod)
+        took_s = _now() - begun
+        if took_s > pod.template.grace_s / 2:
+            raise Violated(f"{pod.name} did not end by itself: it took {took_s:.0f} s")
+        await cluster.until_ready(gateways=2)
+        await rehearsal.until_in_rotation(2)
+        await rehearsal.load.rounds(1)
+        seen = rehearsal.failed_since(begun)
+        told.append(f"{pod.name} ended in {took_s:.0f} s, {len(open_then)} streams open, {seen} requests, 0 failed")
+    return "; ".join(told)
+
+
 async def stranger_refused(rehearsal: Rehearsal) -> str:
-    """From a pod of another namespace, and without Ray's token."""
+    """(h) From a pod of another namespace, and without Ray's token."""
     cluster = rehearsal.cluster
     listening = {
         (str(pod.address), port): pod
@@ -383,5 +404,6 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "d": setting_changed,
     "e": broken_model,
     "f": scaled,
-    "g": stranger_refused,
+    "g": pods_evicted,
+    "h": stranger_refused,
 }
