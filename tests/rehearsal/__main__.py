@@ -31,7 +31,7 @@ from tests.rehearsal.scenarios import SCENARIOS, Rehearsal, Scenario, Violated, 
 _INSIDE = "MILLSTREAM_REHEARSAL_INSIDE"
 _FOLDER = Path("/mnt/rehearsal")
 """In a mount namespace of its own."""
-_SHORT = ("a", "b", "e")
+_SHORT = ("a", "b", "h")
 
 
 @dataclass(frozen=True)

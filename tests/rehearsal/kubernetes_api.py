@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,21 @@ async def serve_api(
         return _found(next((each for each in pods() if each["metadata"]["name"] == name), None))
 
     config = uvicorn.Config(app, host=host, port=443, log_level="warning", ssl_certfile=str(certificate))
-    server = uvicorn.Server(config)
+    server = _Server(config)
     serving = asyncio.create_task(server.serve())
     try:
         yield
     finally:
         server.should_exit = True
         await serving
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the rehearsal: Ctrl-C ends all of it in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
 
 def _found(resource: dict[str, Any] | None) -> dict[str, Any]:
