@@ -86,7 +86,7 @@ async def _rehearse(plan: Plan) -> None:
         _say(begun, f"pods: {', '.join(cluster.operator.pods)}")
         await cluster.until_ready(gateways=2)
         _say(begun, "ready")
-        load = Load(cluster.client, lambda: cluster.gateways, config["models"][0]["name"], plan.tokens)
+        load = Load(cluster.client, lambda: cluster.endpoints, config["models"][0]["name"], plan.tokens)
         await load.learn()
         rehearsal = Rehearsal(cluster, load, config, _FOLDER, plan.short)
         await load.resize(plan.streams)

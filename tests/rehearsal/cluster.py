@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ __all__ = ["SERVE_PORT", "RehearsedCluster", "rehearsed_cluster"]
 _REDIS_PORT: Final = 6379
 SERVE_PORT: Final = 8000
 _READY_LIMIT_S: Final = 300.0
+_PROBE_FAILURES: Final = 2
+"""In a row, until a pod gets no new clients."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class RehearsedCluster:
     database_url: str
     key: str
     """The admin key."""
+    passing: set[str]
+    """Names of the gateways' pods whose readiness probe succeeds."""
+
+    @property
+    def endpoints(self) -> list[Pod]:
+        """Where the Service leads clients."""
+        return [pod for pod in self.gateways if pod.name in self.passing]
 
     @property
     def gateways(self) -> list[Pod]:
@@ -85,7 +95,7 @@ class RehearsedCluster:
 
         async def all_ready() -> bool:
             ready = await asyncio.gather(*map(self.ready, self.gateways))
-            return all(ready) and len(ready) == gateways
+            return all(ready) and len(ready) == len(self.endpoints) == gateways
 
         return await eventually(all_ready, _READY_LIMIT_S, every_s=0.5)
 
@@ -123,7 +133,34 @@ async def rehearsed_cluster(manifests: Manifests, folder: Path) -> AsyncIterator
         }
         operator = Operator(manifests, values, network, files)
         async with _redis(folder, values[f"{manifests.name}-redis"]["password"]), operator.running(head):
-            yield RehearsedCluster(operator, network, url, admin_key)
+            cluster = RehearsedCluster(operator, network, url, admin_key, set())
+            probing = asyncio.create_task(_probe(cluster))
+            try:
+                yield cluster
+            finally:
+                probing.cancel()
+
+
+async def _probe(cluster: RehearsedCluster) -> None:
+    """As kubelets do, by the readiness probe of the manifests, but every second."""
+
+    async def passes(pod: Pod) -> bool:
+        try:
+            async with cluster.client(pod) as client:
+                return (await client.get("/-/healthz", timeout=1.0)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    failures: Counter[str] = Counter()
+    while True:
+        pods = cluster.gateways
+        for pod, passed in zip(pods, await asyncio.gather(*map(passes, pods)), strict=True):
+            failures[pod.name] = 0 if passed else failures[pod.name] + 1
+            if passed:
+                cluster.passing.add(pod.name)
+            elif failures[pod.name] == _PROBE_FAILURES:
+                cluster.passing.discard(pod.name)
+        await asyncio.sleep(1.0)
 
 
 @contextlib.asynccontextmanager
