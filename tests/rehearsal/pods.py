@@ -118,7 +118,9 @@ class Pod:
 
     async def kill(self) -> None:
         """SIGKILL for all processes of its containers at once; the sandbox keeps the address."""
-        self._signal(signal.SIGKILL)
+        for process in self._containers.values():
+            if process.returncode is None:
+                process.kill()  # with which its child ends, the first process, once it is there
         await self._ended()
 
     async def end(self) -> None:
