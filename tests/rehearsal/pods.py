@@ -12,7 +12,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Address
@@ -126,7 +125,7 @@ class Pod:
     async def end(self) -> None:
         """As Kubernetes ends a pod: SIGTERM for the first process of each container, SIGKILL after the grace period."""
         self.ending = True
-        self._signal(signal.SIGTERM)
+        self._terminate()
         try:
             async with asyncio.timeout(self.template.grace_s):
                 await self._ended()
@@ -157,13 +156,13 @@ class Pod:
             raise RuntimeError(f"{' '.join(arguments)} in {self.name}: {output.decode()}")
         return output.decode()
 
-    def _signal(self, number: signal.Signals) -> None:
-        """To the first process of each container, with which the others end."""
+    def _terminate(self) -> None:
+        """SIGTERM for the first process of each container."""
         for process in self._containers.values():
             if process.returncode is None:
                 for first in psutil.Process(process.pid).children():
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        first.send_signal(number)
+                        first.terminate()
 
     async def _ended(self) -> None:
         for process in self._containers.values():

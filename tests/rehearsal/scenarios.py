@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -58,29 +59,27 @@ class Rehearsal:
 
     async def apply(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Render a changed cluster.yaml and apply it."""
-        config = yaml.safe_load(yaml.safe_dump(self.config))
+        config = copy.deepcopy(self.config)
         change(config)
         file = self.folder / "changed.yaml"
         file.write_text(yaml.safe_dump(config))
         await self.cluster.operator.apply(await asyncio.to_thread(rendered, file))
 
-    async def replicas(self, deployment: str = "Engine", model: str | None = None) -> dict[str, tuple[str, str]]:
-        """State and address by id, of the replicas that Serve knows of."""
-        applications = await asyncio.to_thread(self.cluster.operator.api.applications)
-        name = "gateway" if deployment != "Engine" else f"model-{model or self.model}"
+    async def replicas(self) -> dict[str, str]:
+        """State by id, of the engine replicas that Serve knows of."""
         return {
-            replica.replica_id: (replica.state, replica.node_ip)
-            for application in applications
-            if application.name == name
-            for replica in application.deployments.get(deployment, [])
+            replica.replica_id: replica.state
+            for application in await asyncio.to_thread(self.cluster.operator.api.applications)
+            if application.name == f"model-{self.model}"
+            for replica in application.deployments.get("Engine", [])
         }
 
-    async def running(self, deployment: str = "Engine") -> set[str]:
-        return {name for name, (state, _) in (await self.replicas(deployment)).items() if state == "RUNNING"}
+    async def running(self) -> set[str]:
+        return {name for name, state in (await self.replicas()).items() if state == "RUNNING"}
 
-    async def in_rotation(self, through: Pod | None = None) -> int:
+    async def in_rotation(self) -> int:
         """Engine replicas to which a gateway gives requests."""
-        async with self.cluster.client(through or self.cluster.gateways[0]) as client:
+        async with self.cluster.client(self.cluster.gateways[0]) as client:
             response = await client.get("/admin/v1/replicas", timeout=5.0)
         response.raise_for_status()
         return sum(bool(each["in_rotation"]) for each in response.json()["data"] if each["model"] == self.model)
@@ -167,7 +166,7 @@ async def engine_host_cut_off(rehearsal: Rehearsal) -> str:
     cluster.network.cut(host.address)
     noticed_s = await rehearsal.until_in_rotation(1)
     await rehearsal.load.rounds(2)
-    seen = rehearsal.failed_since(begun)
+    rehearsal.failed_since(begun)
     slowest_s = max(request.ended - request.begun for request in open_then if request.ended is not None)
     cluster.network.mend(host.address)
     back_s = await rehearsal.until_in_rotation(2)
@@ -253,8 +252,8 @@ async def setting_changed(rehearsal: Rehearsal) -> str:
     async def rolled_out() -> bool:
         nonlocal most
         states = await rehearsal.replicas()
-        most = max(most, sum(state in ("RUNNING", "STARTING") for state, _ in states.values()))
-        running = {name for name, (state, _) in states.items() if state == "RUNNING"}
+        most = max(most, sum(state in ("RUNNING", "STARTING") for state in states.values()))
+        running = {name for name, state in states.items() if state == "RUNNING"}
         return len(running) == len(before) == len(states) and not running & before
 
     took_s = await eventually(rolled_out, _CHANGE_LIMIT_S, every_s=0.25)
@@ -274,7 +273,7 @@ async def broken_model(rehearsal: Rehearsal) -> str:
     before = await rehearsal.running()
 
     def change(config: dict[str, Any]) -> None:
-        broken = yaml.safe_load(yaml.safe_dump(config["models"][0]))
+        broken = copy.deepcopy(config["models"][0])
         broken |= {"name": "broken", "source": "/var/lib/millstream/models/absent", "replicas": {"min": 1, "max": 1}}
         config["models"].append(broken)
 
