@@ -31,6 +31,7 @@ _SECRET_BYTES: Final = 16
 _LENGTH_BYTES: Final = 4
 _UNREACHABLE_MS: Final = 10_000
 """A host that takes nothing for so long is gone."""
+_PROBE_S: Final = 3
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
@@ -53,6 +54,10 @@ class FramedConnection(asyncio.Protocol, ABC):
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
             connection = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREACHABLE_MS)
+            # An end that only waits learns of a lost host by asking, until the other has been silent for as long.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_S)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S)
 
     def send(self, frame: bytes) -> None:
         """Never waits. What is sent when the other end is gone is lost: `connection_lost` tells."""

@@ -221,6 +221,10 @@ def serve_environment(proxy: str, client_timeout_s: int, longest_drain_s: float)
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # that mode would hold back a thousand lines of log
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray gives a host up when it has not answered for 65 s (test_ray_node.py), but its servers' connections to it
+        # after 20 s. The clients on a host that was cut off for a time in between learn that only when they send: an
+        # ingress that waits for news of replicas does not, and had none for five minutes.
+        "RAY_grpc_keepalive_timeout_ms": "120000",
     }
     if proxy != "haproxy":
         return environment | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}  # on by default in that mode: no proxy at all

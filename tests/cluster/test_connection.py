@@ -147,11 +147,15 @@ async def test_half_a_close_while_the_engine_works_is_a_close(
 
     async with connected(cluster) as (reader, writer), asyncio.timeout(10.0):
         writer.write(request(cluster, max_tokens=2000, stream=streamed))
-        await eventually(works, 10.0, every_s=0.01)
+        # HAProxy cuts a stream that has begun where it is, and answers by itself when there is nothing yet.
+        if streamed:
+            head = await reader.readuntil(b"data: ")
+        else:
+            head = b""
+            await eventually(works, 10.0, every_s=0.01)
         writer.write_eof()
         assert await until_idle_s(cluster) < 1.0
-        answer = await reader.read()
-    # HAProxy cuts a stream where it is, and answers by itself when there is nothing yet.
+        answer = head + await reader.read()
     assert answer.startswith(b"HTTP/1.1 200 " if streamed else b"HTTP/1.1 400 ")
     assert b"data: [DONE]" not in answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -107,3 +108,20 @@ async def test_nobody_may_connect_and_say_nothing(server: TicketServer, monkeypa
         assert await reader.read() == b""
     writer.close()
     await writer.wait_closed()
+
+
+async def test_an_end_that_only_waits_asks_whether_the_other_is_there(server: TicketServer) -> None:
+    """Without that, a host that is cut off for longer than it takes the other end to give up never learns of it."""
+    theirs = Recording()
+    ours = await connected(server.ticket(theirs), Recording())
+    ours.send(b"in")
+    async with asyncio.timeout(5.0):
+        await theirs.frames.get()
+    for end in (ours, theirs):
+        assert end._transport is not None
+        connection = end._transport.get_extra_info("socket")
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < 10
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+    ours.close()
+    await until(theirs.lost)

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
 from serve_app.config import ClusterConfig
 from serve_app.ray_node import RayNode, RayNodeError, client_timeout_s, serve_environment, write_haproxy_launcher
@@ -52,6 +53,20 @@ def test_haproxy_bounds_the_time_of_a_requests_headers_and_notices_a_lost_host(t
     assert lines in configuration.read_text()
     assert configuration.read_text().count("srvtcpka") == 4
     assert "10s" not in configuration.read_text()
+
+
+def test_rays_connections_outlast_a_host_that_ray_does_not_give_up() -> None:
+    config = ClusterConfig.model_validate(
+        {"models": [{"name": "m", "source": "/model", "engine": {"kind": "simulated"}}]}
+    )
+    environment = serve_environment("none", client_timeout_s(config), config.longest_drain_s)
+    gives_up_ms = Config.health_check_failure_threshold() * (
+        Config.health_check_period_ms() + Config.health_check_timeout_ms()
+    )
+    assert gives_up_ms == 65_000
+    # What was lost is sent again after pauses that double: of 0.2 s at first, 102 s after the first loss if 65 s were
+    # too short.
+    assert int(environment["RAY_grpc_keepalive_timeout_ms"]) > 102_000
 
 
 @pytest.mark.parametrize(
