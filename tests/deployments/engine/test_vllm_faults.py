@@ -38,6 +38,12 @@ def engine_cores() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "EngineCore" in " ".join(child.cmdline())]
 
 
+def test_on_cpus_a_lone_worker_has_no_process_for_which_the_engine_core_would_spin(engine: VllmEngine) -> None:
+    """vLLM's own executor on CPUs names it so; the class that takes its place is vLLM's, but has moved before."""
+    (core,) = engine_cores()
+    assert [child for child in core.children() if "Worker" in " ".join(child.cmdline())] == []
+
+
 async def test_an_engine_core_that_hangs_is_unhealthy_until_it_goes_on(engine: VllmEngine) -> None:
     (core,) = engine_cores()
     await engine.check_health()
