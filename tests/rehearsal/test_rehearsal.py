@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT, THOROUGH
@@ -47,3 +50,19 @@ def test_clients_notice_nothing_when_a_host_is_lost_and_strangers_reach_nothing_
     assert result.stdout.count(" 0 failed") == 2, result.stdout
     assert "only port 8000 can be reached" in result.stdout
     assert "none missing" in result.stdout
+
+
+def test_nothing_is_left_after_ctrl_c() -> None:
+    process = subprocess.Popen(
+        _COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    with process:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        told = list(itertools.takewhile(lambda line: "] pods: " not in line, lines))
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert any(each.name() == "gcs_server" for each in started), told
+        os.killpg(process.pid, signal.SIGINT)
+        told += lines
+        assert process.wait(60.0) == 130, told
+    assert [each for each in started if each.is_running()] == []
