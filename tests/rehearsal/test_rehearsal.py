@@ -12,7 +12,7 @@ import sys
 import psutil
 import pytest
 
-from tests.conftest import ROOT, THOROUGH
+from tests.conftest import ROOT
 from tests.postgres import postgres_binaries
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -31,8 +31,6 @@ unshare --user --map-user=1000 --map-group=1000 true
 
 @pytest.fixture(scope="module", autouse=True)
 def _hosts_can_be_made() -> None:
-    if not THOROUGH:
-        pytest.skip("takes minutes: MILLSTREAM_THOROUGH=1")
     if os.geteuid() != 0:
         pytest.skip("only root makes network namespaces")
     missing = [name for name in ("ip", "nft", "unshare", "nsenter", "redis-server") if shutil.which(name) is None]
