@@ -240,30 +240,35 @@ async def gateway_cut_off(rehearsal: Rehearsal) -> str:
 
 async def setting_changed(rehearsal: Rehearsal) -> str:
     """(d) A changed setting of the model is rolled out."""
-    before = await rehearsal.running()
+    replicas = len(await rehearsal.running())
     begun = _now()
     most = 0
 
     def change(config: dict[str, Any]) -> None:
         config["models"][0]["engine"]["max_num_seqs"] -= 1
 
-    await rehearsal.apply(change)
+    async def roll_out(change: Callable[[dict[str, Any]], None]) -> float:
+        before = await rehearsal.running()
+        await rehearsal.apply(change)
 
-    async def rolled_out() -> bool:
-        nonlocal most
-        states = await rehearsal.replicas()
-        most = max(most, sum(state in ("RUNNING", "STARTING") for state in states.values()))
-        running = {name for name, state in states.items() if state == "RUNNING"}
-        return len(running) == len(before) == len(states) and not running & before
+        async def rolled_out() -> bool:
+            nonlocal most
+            states = await rehearsal.replicas()
+            most = max(most, sum(state in ("RUNNING", "STARTING") for state in states.values()))
+            running = {name for name, state in states.items() if state == "RUNNING"}
+            return len(running) == replicas == len(states) and not running & before
 
-    took_s = await eventually(rolled_out, _CHANGE_LIMIT_S, every_s=0.25)
+        return await eventually(rolled_out, _CHANGE_LIMIT_S, every_s=0.25)
+
+    took_s = await roll_out(change)
+    back_s = await roll_out(lambda config: None)
     await rehearsal.load.rounds(2)
     seen = rehearsal.failed_since(begun)
-    if most > len(before) + 1:
-        raise Violated(f"{most} replicas ran or started at once, for {len(before)}")
-    await rehearsal.apply(lambda config: None)
+    if most > replicas + 1:
+        raise Violated(f"{most} replicas ran or started at once, for {replicas}")
     return (
-        f"{took_s:.0f} s, at most {most} replicas for {len(before)} ran or started at once; {seen} requests, 0 failed"
+        f"{took_s:.0f} s, and {back_s:.0f} s back; at most {most} replicas for {replicas} ran or started at once; "
+        f"{seen} requests, 0 failed"
     )
 
 
