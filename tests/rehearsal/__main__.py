@@ -58,6 +58,8 @@ def main() -> None:
         namespaces = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         os.execvp("unshare", ["unshare", *namespaces, "--", sys.executable, "-m", "tests.rehearsal", *sys.argv[1:]])
     # This is the first process of its namespace: with it, all others end.
+    # A shell's background jobs are started deaf to Ctrl-C; PostgreSQL hears it all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     command("mount", "-t", "tmpfs", "tmpfs", str(_FOLDER.parent))
     _FOLDER.mkdir()
