@@ -133,21 +133,23 @@ async def test_an_added_token_beyond_a_gap_is_in_the_vocabulary(meter: Meter, tm
 
 async def test_a_long_prompt_neither_holds_the_event_loop_nor_delays_short_ones(meter: Meter) -> None:
     await admitted(meter, ask("loads the tokenizer"))
-    started = time.perf_counter()
-    long = asyncio.create_task(admitted(meter, ask("zyxwvuts " * 60_000, model="roomy")))
-    worst_lag_s, last, finished_before = 0.0, started, 0
-    while not long.done():
-        await admitted(meter, ask("a short prompt"))
-        finished_before += 1
-        await asyncio.sleep(0)
-        now = time.perf_counter()
-        worst_lag_s, last = max(worst_lag_s, now - last), now
-    duration_s = last - started
-    [ids] = await long
-    assert len(ids) > 400_000
-    assert finished_before > 50
-    # A tokenizer that kept the GIL would show a lag of the whole duration; other processes cause some too.
-    assert worst_lag_s < duration_s / 2
+    lags = []
+    for _ in range(3):
+        started = time.perf_counter()
+        long = asyncio.create_task(admitted(meter, ask("zyxwvuts " * 60_000, model="roomy")))
+        worst_lag_s, last, finished_before = 0.0, started, 0
+        while not long.done():
+            await admitted(meter, ask("a short prompt"))
+            finished_before += 1
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            worst_lag_s, last = max(worst_lag_s, now - last), now
+        [ids] = await long
+        assert len(ids) > 400_000
+        assert finished_before > 50
+        lags.append(worst_lag_s / (last - started))
+    # A tokenizer that kept the GIL would show a lag of the whole duration, each time; other processes cause some too.
+    assert min(lags) < 0.5
 
 
 # --- prompt options ---------------------------------------------------------------------------------------
