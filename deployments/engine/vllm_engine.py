@@ -45,11 +45,6 @@ class VllmSettings:
     enable_prefix_caching: bool
     scheduling_policy: Literal["fcfs", "priority"]
 
-    @property
-    def world_size(self) -> int:
-        """Workers, of which each has a device."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
-
 
 class VllmEngine:
     """One AsyncLLM with its engine core in child processes."""
@@ -75,13 +70,11 @@ class VllmEngine:
         # Replicas that share a machine must not all bind their threads to the same cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import AsyncEngineArgs, AsyncLLMEngine
-        from vllm.platforms import current_platform
-        from vllm.v1.executor import UniProcExecutor
 
+        from deployments.engine._vllm_executor import executor_for
         from deployments.engine._vllm_stats import EngineGauge, stat_loggers
 
         settings = self._settings
-        alone_on_cpus = current_platform.is_cpu() and settings.world_size == 1
         arguments = AsyncEngineArgs(
             model=str(settings.model),
             served_model_name=settings.served_model_name,
@@ -89,9 +82,7 @@ class VllmEngine:
             max_model_len=settings.max_model_len,
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
-            # On CPUs vLLM gives even a lone worker a process of its own, for which the engine core waits by yielding
-            # its core in a loop: that takes a whole one, and on some kernels holds up all else there for seconds.
-            distributed_executor_backend=UniProcExecutor if alone_on_cpus else None,
+            distributed_executor_backend=executor_for(settings.tensor_parallel_size * settings.pipeline_parallel_size),
             max_num_seqs=settings.max_num_seqs,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=settings.enforce_eager,

@@ -57,9 +57,9 @@ def main() -> None:
         os.environ[_INSIDE] = "1"
         namespaces = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         os.execvp("unshare", ["unshare", *namespaces, "--", sys.executable, "-m", "tests.rehearsal", *sys.argv[1:]])
-    # This is the first process of its namespace: with it, all others end.
     # A shell's background jobs are started deaf to Ctrl-C; PostgreSQL hears it all the same.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # This is the first process of its namespace: with it, all others end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     command("mount", "-t", "tmpfs", "tmpfs", str(_FOLDER.parent))
     _FOLDER.mkdir()

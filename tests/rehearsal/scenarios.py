@@ -247,9 +247,9 @@ async def setting_changed(rehearsal: Rehearsal) -> str:
     def change(config: dict[str, Any]) -> None:
         config["models"][0]["engine"]["max_num_seqs"] -= 1
 
-    async def roll_out(change: Callable[[dict[str, Any]], None]) -> float:
+    async def roll_out(edit: Callable[[dict[str, Any]], None]) -> float:
         before = await rehearsal.running()
-        await rehearsal.apply(change)
+        await rehearsal.apply(edit)
 
         async def rolled_out() -> bool:
             nonlocal most

@@ -13,6 +13,8 @@ from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 from serve_app.config import ClusterConfig
 from serve_app.ray_node import RayNode, RayNodeError, client_timeout_s, serve_environment, write_haproxy_launcher
 
+CONFIG = ClusterConfig.model_validate({"models": [{"name": "m", "source": "/model", "engine": {"kind": "simulated"}}]})
+
 
 def test_a_port_that_is_taken_is_told_before_anything_is_started(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -36,10 +38,7 @@ def test_haproxy_bounds_the_time_of_a_requests_headers_and_notices_a_lost_host(t
         "listen clients\n    bind 127.0.0.1:8000\n"
     )
     write_haproxy_launcher(tmp_path / "haproxy")
-    config = ClusterConfig.model_validate(
-        {"models": [{"name": "m", "source": "/model", "engine": {"kind": "simulated"}}]}
-    )
-    environment = serve_environment("haproxy", client_timeout_s(config), config.longest_drain_s)
+    environment = serve_environment("haproxy", client_timeout_s(CONFIG), CONFIG.longest_drain_s)
     for _ in range(2):  # Ray may start it again with the same file
         subprocess.run(
             [tmp_path / "haproxy", "-V", "-c", "-f", configuration],
@@ -56,10 +55,7 @@ def test_haproxy_bounds_the_time_of_a_requests_headers_and_notices_a_lost_host(t
 
 
 def test_rays_connections_outlast_a_host_that_ray_does_not_give_up() -> None:
-    config = ClusterConfig.model_validate(
-        {"models": [{"name": "m", "source": "/model", "engine": {"kind": "simulated"}}]}
-    )
-    environment = serve_environment("none", client_timeout_s(config), config.longest_drain_s)
+    environment = serve_environment("none", client_timeout_s(CONFIG), CONFIG.longest_drain_s)
     gives_up_ms = Config.health_check_failure_threshold() * (
         Config.health_check_period_ms() + Config.health_check_timeout_ms()
     )
