@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ray import _raylet
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
 from serve_app.config import ClusterConfig
@@ -56,6 +57,8 @@ def test_haproxy_bounds_the_time_of_a_requests_headers_and_notices_a_lost_host(t
 
 def test_rays_connections_outlast_a_host_that_ray_does_not_give_up() -> None:
     environment = serve_environment("none", client_timeout_s(CONFIG), CONFIG.longest_drain_s)
+    # Ray ignores settings that it does not know, and lists those that it knows nowhere else.
+    assert b"\0grpc_keepalive_timeout_ms\0" in Path(_raylet.__file__).read_bytes()
     gives_up_ms = Config.health_check_failure_threshold() * (
         Config.health_check_period_ms() + Config.health_check_timeout_ms()
     )
