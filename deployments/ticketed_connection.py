@@ -21,7 +21,7 @@ from typing import Final, TypeVar, cast
 import msgspec
 import structlog
 
-__all__ = ["CONNECT_LIMIT_S", "FramedConnection", "Ticket", "TicketServer", "connected"]
+__all__ = ["CONNECT_LIMIT_S", "MAX_FRAME_BYTES", "FramedConnection", "Ticket", "TicketServer", "connected"]
 
 log = structlog.get_logger()
 
@@ -29,6 +29,9 @@ CONNECT_LIMIT_S: Final = 5.0
 """How long a ticket is good, and a stranger may say nothing."""
 _SECRET_BYTES: Final = 16
 _LENGTH_BYTES: Final = 4
+MAX_FRAME_BYTES: Final = 128 * 2**20
+"""Twice what the largest request body may be (serve_app/config.py). A longer frame is a mistake, or not ours: the
+connection ends."""
 _UNREACHABLE_MS: Final = 10_000
 """A host that takes nothing for so long is gone."""
 _PROBE_S: Final = 3
@@ -60,7 +63,10 @@ class FramedConnection(asyncio.Protocol, ABC):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S)
 
     def send(self, frame: bytes) -> None:
-        """Never waits. What is sent when the other end is gone is lost: `connection_lost` tells."""
+        """Never waits. What is sent when the other end is gone is lost: `connection_lost` tells. Raises ValueError for
+        a frame beyond MAX_FRAME_BYTES."""
+        if len(frame) > MAX_FRAME_BYTES:
+            raise ValueError(f"a frame of {len(frame)} bytes")
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(len(frame).to_bytes(_LENGTH_BYTES) + frame)
 
@@ -68,7 +74,12 @@ class FramedConnection(asyncio.Protocol, ABC):
         buffer = self._buffer
         buffer += data
         while len(buffer) >= _LENGTH_BYTES:
-            end = _LENGTH_BYTES + int.from_bytes(buffer[:_LENGTH_BYTES])
+            length = int.from_bytes(buffer[:_LENGTH_BYTES])
+            if length > MAX_FRAME_BYTES:
+                log.error("frame too long", bytes=length)
+                self.close()
+                return
+            end = _LENGTH_BYTES + length
             if len(buffer) < end:
                 return
             frame = bytes(buffer[_LENGTH_BYTES:end])

@@ -126,8 +126,8 @@ def _body_limit(value: object, parse: ValidatorFunctionWrapHandler) -> ByteSize:
         size = parse(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
     except (ValidationError, OverflowError):
         size = None
-    if not isinstance(size, ByteSize) or not 2**10 <= size <= 2**30:
-        raise _unexpected("a size from 1KiB to 1GiB, such as 8MiB, 512KiB or a plain number of bytes")
+    if not isinstance(size, ByteSize) or not 2**10 <= size <= 2**26:
+        raise _unexpected("a size from 1KiB to 64MiB, such as 8MiB, 512KiB or a plain number of bytes")
     return size
 
 
@@ -247,7 +247,7 @@ class IngressConfig(_Section):
 
     replicas: ReplicaRange = ReplicaRange()
     request_body_limit: Annotated[ByteSize, WrapValidator(_body_limit)] = ByteSize(8 * 2**20)
-    """Bytes of one request body, 1KiB to 1GiB; a larger one is answered 413 before it is read whole."""
+    """Bytes of one request body, 1KiB to 64MiB; a larger one is answered 413 before it is read whole."""
     resources: ProcessResources = ProcessResources()
     keep_alive_s: PositiveFloat = 15.0
     """Seconds, > 0, between the SSE comments that keep an idle stream open; below the idle time-out of

@@ -71,19 +71,19 @@ class Tabs:
     def __len__(self) -> int:
         return len(self._tabs)
 
-    def open(self, submission: Submission) -> Tab:
-        """The request of `submission`, which the engine is about to take on."""
+    def open(self, submission: Submission, choice: int) -> Tab:
+        """The request of `submission`, of which the engine is about to take on `choice`."""
         account = submission.account
         tab = self._tabs.setdefault(account.request_id, Tab(account, submission.meter))
-        tab.tokens[submission.choice] = submission.resumed_tokens
+        tab.tokens[choice] = submission.resumed_tokens
         tab.resumed += submission.resumed
         return tab
 
-    def refuse(self, submission: Submission) -> None:
+    def refuse(self, submission: Submission, choice: int) -> None:
         """The engine has not taken it on after all."""
         account = submission.account
         tab = self._tabs[account.request_id]
-        del tab.tokens[submission.choice]
+        del tab.tokens[choice]
         if not tab.tokens:
             del self._tabs[account.request_id]
 

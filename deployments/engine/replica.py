@@ -8,10 +8,13 @@ deployments/ingress/replica_stream.py.
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 import msgspec
 import structlog
@@ -21,6 +24,8 @@ from deployments.contracts import (
     EngineOrders,
     FinishReason,
     PositionLogprobs,
+    Sampling,
+    Sibling,
     Submission,
     TokenDelta,
     pack,
@@ -37,18 +42,39 @@ __all__ = ["EngineReplica"]
 log = structlog.get_logger()
 
 
+_TURN_GENERATIONS: Final = 8
+_TURN_PROMPT_TOKENS: Final = 65_536
+_TURN_ABORTS: Final = 64
+"""What the engine is handed in one turn of the event loop: vLLM checks each generation there, some 0.3 ms and more with
+the prompt. A request of a thousand must not hold up the tokens of others."""
+
+
 class _Numbered(msgspec.Struct):
     """What is still told of a submission that cannot be read."""
 
     generation: int
+    siblings: tuple[Sibling, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stream:
     outbox: StepOutbox
     keys: dict[int, str] = field(default_factory=dict)
     """Generation number on this stream -> key in the engine."""
     tabs: Tabs = field(default_factory=Tabs)
+    arriving: set[int] = field(default_factory=set)
+    """Generations that the engine does not have yet, and that nobody has aborted."""
+
+
+class _Arrival(NamedTuple):
+    """A generation that the engine does not have yet."""
+
+    stream: _Stream
+    generation: int
+    choice: int
+    submission: Submission | Exception
+    """Or why it cannot be read."""
+    sampling: Sampling | None
 
 
 class EngineReplica:
@@ -60,6 +86,10 @@ class EngineReplica:
         self._orphanage = orphanage
         engine.on_death = self._end_streams
         self._streams: dict[str, _Stream] = {}
+        self._arrivals: deque[_Arrival] = deque()
+        self._aborts: deque[str] = deque()
+        """Keys in the engine. Both are bounded by what the ingresses have under way."""
+        self._handing_over = False
         self._start_up_s = start_up_s
         self._demand = Demand(time.monotonic())
         self._submitted = self._submitted_before = 0
@@ -113,8 +143,9 @@ class EngineReplica:
         finally:
             if self._streams.get(stream_id) is stream:
                 del self._streams[stream_id]
-            for key in stream.keys.values():
-                self._engine.abort(key)
+            stream.arriving.clear()
+            self._aborts.extend(stream.keys.values())
+            self._hand_over_on()
             self._orphanage.take(ingress, stream.tabs)
             log.info("step stream closed", stream=stream_id, aborted=len(stream.keys))
 
@@ -127,14 +158,64 @@ class EngineReplica:
         order = unpack(orders, EngineOrders)
         stream.tabs.release(order.released)
         for packed in order.submissions:
-            self._try_to_submit(stream, packed)
-        if order.aborted:
-            self._abort(stream, order.aborted)
+            self._queue(stream, packed)
+        for generation in order.aborted:
+            self._abort(stream, generation)
+        self._hand_over_on()
 
-    def _try_to_submit(self, stream: _Stream, packed: msgspec.Raw) -> None:
-        generation = unpack(packed, _Numbered).generation
+    def _queue(self, stream: _Stream, packed: msgspec.Raw) -> None:
         try:
-            accepted = self._submit(stream, unpack(packed, Submission))
+            submission = unpack(packed, Submission)
+        except Exception as error:  # whatever it is: the generations of others go on
+            unread = unpack(packed, _Numbered)
+            arrivals = [
+                _Arrival(stream, number, 0, error, None)
+                for number in (unread.generation, *(each.generation for each in unread.siblings))
+            ]
+        else:
+            sampling = submission.sampling
+            arrivals = [_Arrival(stream, submission.generation, submission.choice, submission, sampling)]
+            for sibling in submission.siblings:
+                seeded = sampling if sibling.seed is None else msgspec.structs.replace(sampling, seed=sibling.seed)
+                arrivals.append(_Arrival(stream, sibling.generation, sibling.choice, submission, seeded))
+        stream.arriving.update(arrival.generation for arrival in arrivals)
+        self._arrivals.extend(arrivals)
+
+    def _abort(self, stream: _Stream, generation: int) -> None:
+        if (key := stream.keys.pop(generation, None)) is not None:
+            self._aborts.append(key)
+        stream.arriving.discard(generation)
+        stream.outbox.forget(generation)
+        stream.outbox.touch()
+
+    def _hand_over_on(self) -> None:
+        """Now, unless more waits already."""
+        if not self._handing_over:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """To the engine, a bounded part of what waits in each turn of the event loop."""
+        for _ in range(min(len(self._aborts), _TURN_ABORTS)):
+            self._engine.abort(self._aborts.popleft())
+        generations = prompt_tokens = 0
+        while self._arrivals and generations < _TURN_GENERATIONS and prompt_tokens < _TURN_PROMPT_TOKENS:
+            arrival = self._arrivals.popleft()
+            if arrival.generation in arrival.stream.arriving:
+                arrival.stream.arriving.remove(arrival.generation)
+                generations += 1
+                if isinstance(arrival.submission, Submission):
+                    prompt_tokens += len(arrival.submission.token_ids)
+                self._try_to_submit(arrival)
+            else:
+                arrival.stream.outbox.heard(arrival.generation)
+        self._handing_over = bool(self._aborts or self._arrivals)
+        if self._handing_over:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+
+    def _try_to_submit(self, arrival: _Arrival) -> None:
+        stream, generation = arrival.stream, arrival.generation
+        try:
+            accepted = self._submit(arrival)
         except Exception as error:  # whatever it is: the generations of others go on
             log.exception("submission failed", generation=generation)
             if (key := stream.keys.pop(generation, None)) is not None:
@@ -143,9 +224,12 @@ class EngineReplica:
             accepted = True
         stream.outbox.heard(generation, refused=not accepted)
 
-    def _submit(self, stream: _Stream, submission: Submission) -> bool:
+    def _submit(self, arrival: _Arrival) -> bool:
         """False when the engine's queue is full."""
-        generation, choice = submission.generation, submission.choice
+        stream, generation, choice, submission, sampling = arrival
+        if isinstance(submission, Exception):
+            raise submission
+        assert sampling is not None
         self._submitted += 1
         prompt_tokens = len(submission.token_ids)
         generated = 0
@@ -177,23 +261,15 @@ class EngineReplica:
             )
 
         stream.keys[generation] = key
-        tab = stream.tabs.open(submission)
+        tab = stream.tabs.open(submission, choice)
         try:
-            self._engine.submit(key, submission.token_ids, submission.sampling, deliver, resumed=submission.resumed)
+            self._engine.submit(key, submission.token_ids, sampling, deliver, resumed=submission.resumed)
         except EngineQueueFull:
             del stream.keys[generation]
-            stream.tabs.refuse(submission)
+            stream.tabs.refuse(submission, choice)
             return False
         self._demand.arrived(prompt_tokens)
         return True
-
-    def _abort(self, stream: _Stream, generations: list[int]) -> None:
-        for generation in generations:
-            key = stream.keys.pop(generation, None)
-            if key is not None:
-                self._engine.abort(key)
-            stream.outbox.forget(generation)
-        stream.outbox.touch()
 
     async def check_health(self) -> None:
         """Raise EngineUnhealthy when the engine is dead or hung; its generations then resume on other replicas."""

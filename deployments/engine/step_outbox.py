@@ -13,6 +13,9 @@ from deployments.contracts import EngineLoad, EngineStep, TokenDelta
 
 __all__ = ["HEARTBEAT_S", "StepOutbox"]
 
+MESSAGE_LOGPROBS = 16_384
+"""Log probabilities in one message, at most, unless one delta alone has more: the receiver reads a message in one turn
+of its event loop, some 1 µs for each."""
 HEARTBEAT_S = 1.0
 """Longest silence on a healthy stream; coupled with SILENCE_LIMIT_S in deployments/ingress/replica_stream.py."""
 
@@ -27,6 +30,8 @@ class StepOutbox:
         self._load = load
         self._heartbeat_s = heartbeat_s
         self._deltas: dict[int, TokenDelta] = {}
+        self._logprobs = False
+        """Some of them have log probabilities."""
         self._news = asyncio.Event()
         self._closed = False
         self._sequence = 0
@@ -40,6 +45,7 @@ class StepOutbox:
             return
         waiting = self._deltas.get(delta.generation)
         self._deltas[delta.generation] = delta if waiting is None else _merged(waiting, delta)
+        self._logprobs = self._logprobs or delta.logprobs is not None or delta.prompt_logprobs is not None
         self._news.set()
 
     def heard(self, generation: int, *, refused: bool = False) -> None:
@@ -76,13 +82,31 @@ class StepOutbox:
 
     def _take(self) -> EngineStep:
         deltas = list(self._deltas.values())
-        self._deltas.clear()
-        if not self._closed:
+        if self._logprobs:
+            deltas = deltas[: _fitting(deltas)]
+        if len(deltas) == len(self._deltas):
+            self._deltas.clear()
+            self._logprobs = False
+        else:
+            for delta in deltas:
+                del self._deltas[delta.generation]
+        if not (self._closed or self._deltas):
             self._news.clear()
         step = EngineStep(self._sequence, self._load(), deltas, self._heard, self._refused)
         self._refused = []
         self._sequence += 1
         return step
+
+
+def _fitting(deltas: list[TokenDelta]) -> int:
+    """How many of them make one message."""
+    size = 0
+    for number, delta in enumerate(deltas):
+        for positions in (delta.logprobs, delta.prompt_logprobs):
+            size += sum(len(position.token_ids) for position in positions or () if position is not None)
+        if size > MESSAGE_LOGPROBS and number:
+            return number
+    return len(deltas)
 
 
 def _merged(first: TokenDelta, second: TokenDelta) -> TokenDelta:

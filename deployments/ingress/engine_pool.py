@@ -22,7 +22,7 @@ import structlog
 from deployments.contracts import DurationHistogram, PoolCounters, Settlement
 from deployments.engine.orphans import Tab
 from deployments.ingress.demand import ModelDemand
-from deployments.ingress.errors import InternalError, ModelNotReady, Overloaded
+from deployments.ingress.errors import GivenUp, ModelNotReady, NotResumable, Overloaded
 from deployments.ingress.generation import Generation
 from deployments.ingress.replica_stream import ReplicaStream, ReplicaTransport
 from deployments.ingress.write_rounds import WriteRounds
@@ -39,8 +39,6 @@ _FIRST_TOKENS, _FIRST_TOKENS_S = 256, 5.0
 _FIRST_TOKEN_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0)
 _INTER_TOKEN_BOUNDS_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Of the histograms. Objectives are met at a bound (k8s/monitoring/rules.yaml)."""
-_FRUITLESS_RESUMES = 3
-"""A generation that lost so many replicas in a row without a token is given up: it may be what kills them."""
 
 
 def least_loaded(streams: Iterable[ReplicaStream]) -> ReplicaStream:
@@ -102,6 +100,10 @@ class EnginePool:
         """Those of them that take generations; None when that has to be found out again."""
         self._listed: frozenset[str] = frozenset()
         self._became_live = asyncio.Event()
+        self._suspects: deque[tuple[float, Generation]] = deque()
+        """Those that wait to be tried, each until an event-loop time. Bounded by the open requests."""
+        self._trials: dict[ReplicaStream, Generation] = {}
+        """The one that each replica tries now."""
         self._held = self._held_tokens = 0
         self._held_since: float | None = None
         """Event-loop time at which the present holding began."""
@@ -212,6 +214,8 @@ class EnginePool:
     def check_silence(self, now: float) -> None:
         for stream in self._streams.values():
             stream.check_silence(now)
+        while self._suspects and self._suspects[0][0] <= now:
+            self._fail([self._suspects.popleft()[1]], self._not_ready())
 
     async def close(self) -> None:
         """Close every stream; what still runs on the replicas is aborted by them."""
@@ -228,8 +232,9 @@ class EnginePool:
             self._connect(replica_id),
             name=f"{self._ingress_id}/{self.model}/{replica_id}",
             on_live=lambda: self._on_live(stream),
-            on_lost=lambda generations: self._on_lost(stream, generations),
+            on_lost=lambda generations, suspects: self._on_lost(stream, generations, suspects),
             on_refused=lambda generations: self._on_refused(stream, generations),
+            on_message=self._on_message,
         )
         self._streams[replica_id] = stream
         self._own(stream.run(), f"stream-{replica_id}")
@@ -245,23 +250,60 @@ class EnginePool:
         self._cold_start_s = held_s or stream.load.start_up_s or self._cold_start_s
         self._became_live.set()
         self._became_live = asyncio.Event()
+        asyncio.get_running_loop().call_soon(self._try_suspects)  # behind what was held
 
-    def _on_lost(self, stream: ReplicaStream, generations: list[Generation]) -> None:
+    def _on_message(self) -> None:
+        if self._suspects or self._trials:
+            self._try_suspects()
+
+    def _on_lost(self, stream: ReplicaStream, generations: list[Generation], suspects: frozenset[Generation]) -> None:
+        """What ran there goes on elsewhere. What may be why the replica died or stalled does so alone, once: it must
+        not take the replica of others with it as well."""
         self._accepting = None
+        trial = self._trials.pop(stream, None)
         for request in list(self._open_requests.values()):
             if any(each.placement is not None and each.placement.stream is stream for each in request):
                 self._note_use(request)
         moving: list[Generation] = []
+        deadline = asyncio.get_running_loop().time() + self.limits.resume_timeout_s
         for generation in generations:
             generation.lost()
-            if generation.fruitless_resumes > _FRUITLESS_RESUMES:
+            if not generation.resumable:
+                log.warning("generation cannot go on exactly", request_id=generation.request_id)
+                generation.fail(NotResumable())
+            elif generation is trial and generation in suspects:
                 log.error("generation given up", request_id=generation.request_id, resumes=generation.resumes)
-                generation.fail(InternalError())
+                generation.fail(GivenUp())
+            elif generation in suspects:
+                self._suspects.append((deadline, generation))
             else:
                 moving.append(generation)
+        self._counters.resumes += sum(not generation.ended for generation in generations)
         if moving:
-            self._counters.resumes += len(moving)
             self._place(moving, self.limits.resume_timeout_s)
+        self._try_suspects()
+
+    def _try_suspects(self) -> None:
+        """Each replica tries one at a time, until its first token; and none on which the first step of a generation
+        that has lost a replica before is still under way."""
+        for stream, tried in list(self._trials.items()):
+            if tried.proven or tried.ended:
+                del self._trials[stream]
+        while self._suspects:
+            if self._suspects[0][1].ended:
+                self._suspects.popleft()
+                continue
+            free = [
+                stream
+                for stream in self._accepting_streams()
+                if stream not in self._trials
+                and not any(each.resumes and not each.proven for each in stream.generations.values())
+            ]
+            if not free:
+                return
+            stream, (_, suspect) = least_loaded(free), self._suspects.popleft()
+            self._trials[stream] = suspect
+            stream.submit([suspect])
 
     def _on_refused(self, stream: ReplicaStream, generations: list[Generation]) -> None:
         for generation in generations:  # one by one: each may have been refused elsewhere as well
@@ -287,6 +329,8 @@ class EnginePool:
             deadline = asyncio.get_running_loop().time() + hold_timeout_s
             self._own(self._hold(generations, deadline), "hold")
             return
+        if self._trials:
+            live = [stream for stream in live if stream not in self._trials] or live
         full = generations[0].refused_by
         candidates = [stream for stream in live if stream not in full] if full else live
         if not candidates:

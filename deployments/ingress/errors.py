@@ -19,6 +19,7 @@ __all__ = [
     "Conflict",
     "DeadlineExceeded",
     "ErrorAnswer",
+    "GivenUp",
     "InsufficientQuota",
     "InternalError",
     "InvalidApiKey",
@@ -27,6 +28,7 @@ __all__ = [
     "ModelNotAllowed",
     "ModelNotFound",
     "ModelNotReady",
+    "NotResumable",
     "ObjectNotFound",
     "Overloaded",
     "PermissionDenied",
@@ -245,6 +247,33 @@ class InternalError(ApiError):
         super().__init__(
             "The server had an error while processing your request. Retry it; if it happens again, tell "
             "the operator the x-request-id of this answer."
+        )
+
+
+class GivenUp(ApiError):
+    """Two engine replicas were lost while they began to work on the request, which may be why."""
+
+    status = 500
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The request was given up: two engine replicas were lost while they began to work on it. Do not send it "
+            "again unchanged; tell the operator the x-request-id of this answer."
+        )
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}  # the official client retries a 500 otherwise
+
+
+class NotResumable(ApiError):
+    """The engine replica of an answer in a required form was lost, and no other can go on exactly where it ended."""
+
+    status = 500
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The engine replica of this answer was lost, and its required form cannot go on exactly where it ended. "
+            "Discard what has arrived and send the request again."
         )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from deployments.contracts import Account, Sampling, Submission, TokenDelta
+from deployments.contracts import Account, Sampling, Sibling, Submission, TokenDelta
 from deployments.ingress.errors import ApiError
 from deployments.ingress.write_rounds import WriteRounds
 
@@ -67,7 +67,7 @@ class Mailbox:
 
 
 class Generation:
-    """The state that survives a replica."""
+    """The state that survives a replica. Those of one request have the same sampling, but for its seed."""
 
     def __init__(
         self, account: Account, meter: str, candidate: int, prompt: list[int], sampling: Sampling, mailbox: Mailbox
@@ -84,8 +84,6 @@ class Generation:
         self.cached_tokens = 0
         """Prompt tokens that the first replica found in its prefix cache."""
         self.resumes = 0
-        self.fruitless_resumes = 0
-        """Resumes in a row without a token in between: a generation that kills its replicas must not go on for ever."""
         self.ended = False
         self.accepted_at: float | None = None
         """When the first replica took it on, by `time.perf_counter`."""
@@ -93,9 +91,27 @@ class Generation:
         self.refused_by: set[ReplicaStream] = set()
         """Replicas whose queues had no room for it."""
         self._mailbox = mailbox
+        self._tokens_placed = 0
 
-    def submission(self, number: int) -> Submission:
-        """To go on from where the tokens end, as generation `number` of a step stream."""
+    @property
+    def proven(self) -> bool:
+        """The replica that it is on has given a token of it: its first step there is over."""
+        return len(self.tokens) > self._tokens_placed
+
+    @property
+    def resumable(self) -> bool:
+        """Another replica can go on without contradicting what is there already. A grammar would begin anew inside
+        the answer."""
+        return not self.tokens or self.sampling.structured_outputs is None
+
+    def placed(self, placement: Placement) -> None:
+        """It is about to be submitted there."""
+        self.placement = placement
+        self._tokens_placed = len(self.tokens)
+
+    def submission(self, number: int, siblings: tuple[Sibling, ...] = ()) -> Submission:
+        """To go on from where the tokens end, as generation `number` of a step stream, together with `siblings`:
+        further choices of its prompt that have no tokens yet either."""
         sampling = self.sampling
         if self.tokens:
             # Exact in distribution and for greedy text; seeds, penalties and grammars depend on state that is lost.
@@ -114,6 +130,7 @@ class Generation:
             choice=self.candidate,
             resumed=self.resumes > 0,
             resumed_tokens=len(self.tokens),
+            siblings=siblings,
         )
 
     @property
@@ -129,7 +146,6 @@ class Generation:
         if not self.tokens and not self.resumes:
             self.cached_tokens = delta.cached_tokens
         if delta.token_ids:
-            self.fruitless_resumes = 0
             self.tokens += delta.token_ids
         if delta.finish_reason is not None:
             self.ended = True
@@ -145,7 +161,6 @@ class Generation:
         self.placement = None
         self.refused_by.clear()
         self.resumes += 1
-        self.fruitless_resumes += 1
 
     def fail(self, error: ApiError) -> None:
         if not self.ended:

@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from deployments.contracts import EngineLoad, EngineOrders, EngineStep, pack, unpack
+from deployments.contracts import EngineLoad, EngineOrders, EngineStep, Sibling, pack, unpack
 from deployments.ingress.errors import InternalError
 from deployments.ingress.generation import Generation, Placement
 
@@ -28,6 +28,8 @@ log = structlog.get_logger()
 SILENCE_LIMIT_S = 3.0
 """A replica that sends nothing for so long is lost; heartbeats come every HEARTBEAT_S of
 deployments/engine/step_outbox.py."""
+ORDERS_BYTES = 2**20
+"""Submissions that travel in one frame, at most: a replica reads a frame in one turn of its event loop."""
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 4.0
 _CONNECTIONS = count(1)
 """Numbers of all step streams that this process has opened: none is used again, be the replica in the pool again."""
@@ -65,10 +67,12 @@ class ReplicaStream:
         *,
         name: str,
         on_live: Callable[[], None],
-        on_lost: Callable[[list[Generation]], None],
+        on_lost: Callable[[list[Generation], frozenset[Generation]], None],
         on_refused: Callable[[list[Generation]], None],
+        on_message: Callable[[], None],
     ) -> None:
-        """`on_lost` gets what the replica was generating, `on_refused` that for which its queue had no room."""
+        """`on_lost` gets what the replica was generating, and those of them that may be why it is lost; `on_refused`
+        that for which its queue had no room. `on_message` is called when one has been dealt with."""
         self.replica_id = replica_id
         self.live = False
         """The stream is open and not silent."""
@@ -94,6 +98,7 @@ class ReplicaStream:
         self._on_live = on_live
         self._on_lost = on_lost
         self._on_refused = on_refused
+        self._on_message = on_message
         self._reader: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
 
@@ -127,17 +132,25 @@ class ReplicaStream:
         """Send generations to the replica, which accepts them, with `accepting` true; their tokens come through
         `Generation.deliver`. They count as its own from now on, so that of requests that come at the same moment not
         all choose the same replica."""
-        for generation in generations:
-            self._numbers = number = self._numbers + 1
+        for choices in _by_prompt(generations):
+            numbers = range(self._numbers + 1, self._numbers + 1 + len(choices))
+            self._numbers += len(choices)
+            siblings = tuple(
+                Sibling(number, each.candidate, each.sampling.seed)
+                for number, each in zip(numbers[1:], choices[1:], strict=True)
+            )
+            for number, generation in zip(numbers, choices, strict=True):
+                generation.placed(Placement(self, number))
             try:
-                packed = pack(generation.submission(number))
+                packed = pack(choices[0].submission(numbers[0], siblings))
             except Exception:  # a parameter of the client's that has no form on the wire
-                log.exception("submission not packed", request_id=generation.request_id)
-                generation.fail(InternalError())
+                log.exception("submission not packed", request_id=choices[0].request_id)
+                for generation in choices:
+                    generation.fail(InternalError())
                 continue
-            generation.placement = Placement(self, number)
-            self.generations[number] = generation
-            self._unheard.append((number, generation))
+            for number, generation in zip(numbers, choices, strict=True):
+                self.generations[number] = generation
+                self._unheard.append((number, generation))
             self._submissions.append(msgspec.Raw(packed))
         self._send_soon()
 
@@ -168,7 +181,7 @@ class ReplicaStream:
                     await self._emptied.wait()
             except TimeoutError:
                 log.info("moving generations off a leaving replica", replica=self._name)
-        self._break("drained")
+        self._break("drained", drained=True)
 
     # --- internals ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +195,10 @@ class ReplicaStream:
         self._sending = False
         if self._line is None or not (self._submissions or self._aborted or self._released):
             return  # the stream was lost meanwhile
-        self._line.send(pack(EngineOrders(self._released, self._submissions, self._aborted)))
+        *first, last = _in_frames(self._submissions)
+        for submissions in first:
+            self._line.send(pack(EngineOrders([], submissions, [])))
+        self._line.send(pack(EngineOrders(self._released, last, self._aborted)))
         self._released, self._submissions, self._aborted = [], [], []
 
     async def _read(self) -> None:
@@ -225,6 +241,7 @@ class ReplicaStream:
                 if delta.finish_reason == "failed":
                     log.error("engine failed a generation", replica=self._name, reason=delta.message)
             generation.deliver(delta)
+        self._on_message()
 
     def _hear(self, heard: int, refused: frozenset[int]) -> None:
         """Generations up to the number `heard` are accepted, but for those that are `refused`."""
@@ -245,14 +262,25 @@ class ReplicaStream:
             self._emptied.set()
         return taken
 
-    def _break(self, reason: str) -> None:
+    def _break(self, reason: str, *, drained: bool = False) -> None:
         """Give the stream up; `run` opens it again if the replica is to stay."""
-        self._lose(reason)
+        self._lose(reason, drained=drained)
         if self._reader is not None:
             self._reader.cancel()
 
-    def _lose(self, reason: str) -> None:
+    def _suspects(self) -> frozenset[Generation]:
+        """Those that may be why the replica is lost: it has not told of them yet, or their first step was under way.
+        vLLM takes sequences into its batch in the order of their arrival, so what waited behind a full batch was
+        never looked at."""
+        unheard = {generation for _, generation in self._unheard if not generation.ended}
+        unproven = [each for each in self.generations.values() if not each.proven and each not in unheard]
+        proven = len(self.generations) - len(unproven) - len(unheard)
+        room = max(1, self.load.max_num_seqs - proven) if self.load.max_num_seqs else len(unproven)
+        return frozenset(unproven[:room]) | unheard
+
+    def _lose(self, reason: str, *, drained: bool = False) -> None:
         was_live = self.live
+        suspects: frozenset[Generation] = frozenset() if drained else self._suspects()
         if was_live:
             self.live = False
             log.info("replica out of rotation", replica=self._name, reason=reason, moving=len(self.generations))
@@ -264,4 +292,35 @@ class ReplicaStream:
         lost = list(self.generations.values())
         self.generations.clear()
         if lost or was_live:
-            self._on_lost(lost)
+            self._on_lost(lost, suspects)
+
+
+def _by_prompt(generations: list[Generation]) -> list[list[Generation]]:
+    """Runs of those that can travel together: choices of one prompt of one request that have no tokens yet."""
+    runs: list[list[Generation]] = []
+    for generation in generations:
+        before = runs[-1][-1] if runs else None
+        if (
+            before is not None
+            and generation.prompt is before.prompt
+            and generation.account is before.account
+            and not (generation.tokens or generation.resumes or before.tokens or before.resumes)
+        ):
+            runs[-1].append(generation)
+        else:
+            runs.append([generation])
+    return runs
+
+
+def _in_frames(submissions: list[msgspec.Raw]) -> list[list[msgspec.Raw]]:
+    """In order, each within ORDERS_BYTES unless it is a single one; at least one, be it empty."""
+    frames: list[list[msgspec.Raw]] = [[]]
+    size = 0
+    for submission in submissions:
+        bytes_ = len(memoryview(submission))
+        if frames[-1] and size + bytes_ > ORDERS_BYTES:
+            frames.append([])
+            size = 0
+        frames[-1].append(submission)
+        size += bytes_
+    return frames

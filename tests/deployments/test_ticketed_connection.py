@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from deployments import ticketed_connection
-from deployments.ticketed_connection import FramedConnection, Ticket, TicketServer, connected
+from deployments.ticketed_connection import MAX_FRAME_BYTES, FramedConnection, Ticket, TicketServer, connected
 
 
 class Recording(FramedConnection):
@@ -125,3 +125,19 @@ async def test_an_end_that_only_waits_asks_whether_the_other_is_there(server: Ti
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
     ours.close()
     await until(theirs.lost)
+
+
+async def test_a_frame_beyond_the_bound_is_neither_sent_nor_waited_for(
+    server: TicketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = Recording()
+    ours = await connected(server.ticket(theirs), Recording())
+    with pytest.raises(ValueError, match="bytes"):
+        ours.send(bytes(MAX_FRAME_BYTES + 1))
+    ours.send(b"whole")
+    async with asyncio.timeout(5.0):
+        assert await theirs.frames.get() == b"whole"
+    monkeypatch.setattr(ticketed_connection, "MAX_FRAME_BYTES", 10)
+    theirs.data_received((11).to_bytes(4))
+    await until(ours.lost)
+    assert theirs.frames.empty()

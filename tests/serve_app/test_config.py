@@ -110,7 +110,7 @@ def test_a_configuration_cannot_be_changed(load: Load) -> None:
 
 @pytest.mark.parametrize(
     ("written", "size"),
-    [("8MiB", 2**23), ("512KiB", 2**19), ("2 MB", 2_000_000), ("1024", 1024), ("1GiB", 2**30)],
+    [("8MiB", 2**23), ("512KiB", 2**19), ("2 MB", 2_000_000), ("1024", 1024), ("64MiB", 2**26)],
 )
 def test_sizes_have_units_or_are_bytes(load: Load, written: str, size: int) -> None:
     assert load(f"ingress: {{request_body_limit: {written}}}" + MODEL).ingress.request_body_limit == size
@@ -228,7 +228,7 @@ def test_a_broken_reference_is_told(refuse: Refuse) -> None:
         ("ingress: {replicas: {min: 0}}", 1, "ingress.replicas.min", "0", "a number above 0"),
         ("ingress:\n  replicas:\n    min: 3\n    max: 2", 4, "ingress.replicas.max", "2", "at least 3"),
         ("ingress: {request_body_limit: 1023}", 1, "ingress.request_body_limit", "1023", "a size from 1KiB"),
-        ("ingress: {request_body_limit: 2GiB}", 1, "ingress.request_body_limit", '"2GiB"', "a size from"),
+        ("ingress: {request_body_limit: 65MiB}", 1, "ingress.request_body_limit", '"65MiB"', "a size from"),
         ("ingress: {request_body_limit: 8MoB}", 1, "ingress.request_body_limit", '"8MoB"', "a size from"),
         ("ingress: {request_body_limit: .inf}", 1, "ingress.request_body_limit", "inf", "a size from"),
         ("ingress: {keep_alive_s: 0}", 1, "ingress.keep_alive_s", "0", "a number above 0"),

@@ -17,6 +17,7 @@ from deployments.contracts import (
     PositionLogprobs,
     RepetitionDetection,
     Sampling,
+    Sibling,
     StructuredOutputs,
     Submission,
     TokenDelta,
@@ -447,3 +448,58 @@ async def test_finished_generations_make_the_drain_rate(
         engine.generate("p", [30])
         now += 10.0
         assert replica.load().finished_per_s == pytest.approx(0.2)
+
+
+# --- a request of many choices ------------------------------------------------------------------------------------
+
+
+async def test_the_engine_is_handed_a_large_request_in_bounded_turns_of_the_event_loop(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        siblings = tuple(Sibling(1 + n, n, n) for n in range(1, 1024))
+        submit(replica, "s", msgspec.structs.replace(submission(1), siblings=siblings))
+        turns = [len(engine.submitted)]
+        while len(engine.submitted) < 1024:
+            await asyncio.sleep(0)
+            turns.append(len(engine.submitted) - sum(turns))
+        assert max(turns) <= 8
+        assert [sampling.seed for _, sampling in engine.submitted] == [None, *range(1, 1024)]
+        assert (await take(steps)).heard == 1024
+
+
+async def test_what_is_aborted_before_the_engine_has_it_never_reaches_it(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        siblings = tuple(Sibling(1 + n, n) for n in range(1, 100))
+        submit(replica, "s", msgspec.structs.replace(submission(1), siblings=siblings))
+        abort(replica, "s", *range(1, 101))
+        submit(replica, "s", submission(101, "q"))
+        while (await take(steps)).heard < 101:
+            pass
+        begun = len(engine.submitted) - 1
+        assert begun <= 16
+        assert len(engine.aborted) == begun
+        assert list(engine.alive) == [key for key in engine.alive if key.startswith("q-")]
+
+
+async def test_what_a_stream_that_has_ended_had_submitted_never_reaches_the_engine(
+    replica: EngineReplica, engine: ScriptedEngine
+) -> None:
+    async with aclosing(await opened(replica)):
+        siblings = tuple(Sibling(1 + n, n) for n in range(1, 100))
+        submit(replica, "s", msgspec.structs.replace(submission(1), siblings=siblings))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(engine.submitted) <= 16
+    assert engine.alive == {}
+
+
+async def test_the_siblings_of_a_submission_that_cannot_be_read_fail_with_it(replica: EngineReplica) -> None:
+    async with aclosing(await opened(replica)) as steps:
+        unreadable = msgspec.Raw(msgspec.msgpack.encode({"generation": 1, "token_ids": "?", "siblings": [[2, 1]]}))
+        replica.take_orders("s", pack(EngineOrders([], [unreadable], [])))
+        step = await take(steps)
+        assert [(each.generation, each.finish_reason) for each in step.deltas] == [(1, "failed"), (2, "failed")]
+        assert step.heard == 2

@@ -10,14 +10,13 @@ from tests.deployments.accounts import RecordedOutbox, account
 from tests.deployments.ingress.virtual_time import in_virtual_time
 
 
-def submission(request_id: str, choice: int = 0, resumed_tokens: int = 0) -> Submission:
+def submission(request_id: str, resumed_tokens: int = 0) -> Submission:
     return Submission(
         1,
         [1, 2],
         Sampling(max_tokens=9),
         account(request_id, prompt_tokens=5),
         "Meter-1",
-        choice=choice,
         resumed=resumed_tokens > 0,
         resumed_tokens=resumed_tokens,
     )
@@ -31,7 +30,7 @@ def requests(outbox: RecordedOutbox) -> list[str]:
 def with_tokens(*requests: str) -> Tabs:
     tabs = Tabs()
     for request in requests:
-        tabs.open(submission(request)).count(0, 3, 0)
+        tabs.open(submission(request), 0).count(0, 3, 0)
     return tabs
 
 
@@ -85,8 +84,8 @@ def test_settled_requests_are_forgotten() -> None:
 
 def test_choices_are_counted_apart_and_from_where_earlier_replicas_left_them() -> None:
     tabs = Tabs()
-    first = tabs.open(submission("a", choice=0))
-    second = tabs.open(submission("a", choice=3, resumed_tokens=10))
+    first = tabs.open(submission("a"), 0)
+    second = tabs.open(submission("a", resumed_tokens=10), 3)
     assert first is second
     first.count(0, 2, 4)
     second.count(3, 1, 0)
@@ -98,9 +97,9 @@ def test_choices_are_counted_apart_and_from_where_earlier_replicas_left_them() -
 
 def test_what_the_engine_refused_is_not_settled() -> None:
     tabs = with_tokens("a")
-    tabs.open(submission("b"))
-    tabs.refuse(submission("b"))
-    tabs.open(submission("a", choice=1))
-    tabs.refuse(submission("a", choice=1))
+    tabs.open(submission("b"), 0)
+    tabs.refuse(submission("b"), 0)
+    tabs.open(submission("a"), 1)
+    tabs.refuse(submission("a"), 1)
     [(_, settlement)] = tabs.settlements()
     assert settlement.parts == {0: 3}

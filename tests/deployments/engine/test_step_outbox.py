@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.contracts import EngineLoad, EngineStep, PositionLogprobs, TokenDelta
-from deployments.engine.step_outbox import StepOutbox
+from deployments.engine.step_outbox import MESSAGE_LOGPROBS, StepOutbox
 
 NEVER_S = 3600.0
 
@@ -261,3 +261,15 @@ def test_every_token_is_sent_once_in_order_and_sequence_numbers_have_no_gaps(scr
         runner.run(play())
     assert received == pushed
     assert sequence == list(range(len(sequence)))
+
+
+async def test_log_probabilities_are_split_into_messages_that_are_read_in_one_turn() -> None:
+    outbox = StepOutbox(EngineLoad)
+    position = PositionLogprobs(list(range(20)), [0.0] * 20, [1] * 20)
+    for generation in range(1, 9):
+        outbox.push(TokenDelta(generation, [1], prompt_logprobs=[None, *[position] * 500]))
+    outbox.close()
+    messages = [step.deltas async for step in outbox.steps()]
+    assert [delta.generation for deltas in messages for delta in deltas] == list(range(1, 9))
+    assert [len(deltas) for deltas in messages if deltas] == [1] * 8
+    assert MESSAGE_LOGPROBS < 500 * 20 * 2

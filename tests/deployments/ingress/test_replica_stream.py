@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from deployments.contracts import EngineLoad, PositionLogprobs, Sampling, TokenDelta
+from deployments.contracts import EngineLoad, PositionLogprobs, Sampling, Sibling, TokenDelta, pack
 from deployments.engine.step_outbox import HEARTBEAT_S
 from deployments.ingress.generation import Generation, Mailbox, News
-from deployments.ingress.replica_stream import SILENCE_LIMIT_S, ReplicaStream
+from deployments.ingress.replica_stream import ORDERS_BYTES, SILENCE_LIMIT_S, ReplicaStream
 from tests.deployments.accounts import account
 from tests.deployments.ingress.memory_replicas import ScriptedReplica
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, write_rounds
@@ -23,18 +23,24 @@ class Owner:
     def __init__(self, replica: ScriptedReplica) -> None:
         self.times_live = 0
         self.lost: list[Generation] = []
+        self.suspects: frozenset[Generation] = frozenset()
         self.refused: list[Generation] = []
         self.stream = ReplicaStream(
             "r0",
             replica,
             name="i/m/r0",
             on_live=self._on_live,
-            on_lost=self.lost.extend,
+            on_lost=self._on_lost,
             on_refused=self.refused.extend,
+            on_message=lambda: None,
         )
 
     def _on_live(self) -> None:
         self.times_live += 1
+
+    def _on_lost(self, generations: list[Generation], suspects: frozenset[Generation]) -> None:
+        self.lost += generations
+        self.suspects = suspects
 
 
 @asynccontextmanager
@@ -310,3 +316,67 @@ async def test_one_of_two_is_refused() -> None:
         replica.tell(TokenDelta(1, [5]), refused=[2])
         await quiet()
         assert (owner.refused, taken.tokens, list(owner.stream.generations)) == ([refused], [5], [1])
+
+
+# --- what many choices weigh ------------------------------------------------------------------------------------------
+
+
+def choices_of(prompt: list[int], number: int, *, seed: int | None = None) -> list[Generation]:
+    use, mailbox = account("req", choices=number), Mailbox(write_rounds())
+    return [
+        Generation(
+            use,
+            "Meter",
+            index,
+            prompt,
+            Sampling(max_tokens=5, seed=None if seed is None else seed + index),
+            mailbox,
+        )
+        for index in range(number)
+    ]
+
+
+@in_virtual_time
+async def test_a_prompt_crosses_the_wire_once_for_all_its_choices() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        first, second = [7] * 8000, [8] * 8000
+        owner.stream.submit([*choices_of(first, 128, seed=5), *choices_of(second, 2)])
+        await quiet()
+        assert [each.token_ids[0] for each in replica.submissions] == [7, 8]
+        one, two = replica.submissions
+        assert (one.generation, one.choice, one.sampling.seed) == (1, 0, 5)
+        assert one.siblings == tuple(Sibling(2 + n, 1 + n, 6 + n) for n in range(127))
+        assert (two.generation, [each.generation for each in two.siblings]) == (129, [130])
+        assert len(owner.stream.generations) == 130
+        assert sum(len(pack(each)) for each in replica.submissions) < 30_000
+
+
+@in_virtual_time
+async def test_choices_that_have_lost_a_replica_travel_each_with_tokens_of_its_own() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        generations = choices_of([1, 2], 2)
+        for generation, token in zip(generations, (5, 6), strict=True):
+            generation.tokens.append(token)
+            generation.lost()
+        owner.stream.submit(generations)
+        await quiet()
+        assert [each.token_ids for each in replica.submissions] == [[1, 2, 5], [1, 2, 6]]
+        assert [each.siblings for each in replica.submissions] == [(), ()]
+
+
+@in_virtual_time
+async def test_submissions_are_split_into_frames_that_are_read_in_one_turn() -> None:
+    replica = ScriptedReplica()
+    async with running(replica) as owner:
+        long = [100_000 + n for n in range(50_000)]  # 250 kB each
+        owner.stream.submit([each for _ in range(10) for each in choices_of(list(long), 1)])
+        owner.stream.abort([1])
+        await quiet()
+        sizes = [sum(len(memoryview(each)) for each in orders.submissions) for orders in replica.orders]
+        assert len(sizes) > 2
+        assert all(0 < size <= ORDERS_BYTES for size in sizes)
+        assert [each.generation for each in replica.submissions] == list(range(1, 11))
+        assert [orders.aborted for orders in replica.orders if orders.aborted] == [[1]]
+        assert replica.orders[-1].aborted == [1]
