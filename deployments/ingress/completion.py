@@ -11,6 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 from uuid import uuid4
 
 import structlog
@@ -28,7 +29,7 @@ from deployments.contracts import (
 from deployments.ingress.catalog import ServedModel
 from deployments.ingress.completion_request import CompletionRequest
 from deployments.ingress.errors import ApiError, InternalError, InvalidRequest, ServiceUnavailable
-from deployments.ingress.generation import Generation, Mailbox
+from deployments.ingress.generation import Generation, Mailbox, News
 from deployments.ingress.logprobs import LogprobsWriter, prompt_logprobs_fields
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.text_stream import TextDelta, TextStream
@@ -37,6 +38,9 @@ from deployments.ingress.wire import ChoiceDelta, Usage
 __all__ = ["ClientGone", "Completion"]
 
 log = structlog.get_logger()
+
+_TURN_S: Final = 0.01
+"""What one request takes of the event loop before others get a turn; between two candidates it cannot be broken off."""
 
 
 class ClientGone(Exception):
@@ -85,6 +89,8 @@ class Completion:
         self._token_at = 0.0
         """When the last ones came, by `time.perf_counter`."""
         self._mailbox = Mailbox(model.pool.rounds)
+        self._left: list[News] = []
+        """Taken out of it, for the next turns of the event loop."""
         self._prompts: list[list[int]] = []
         self._admitted = Admitted([])
         self._settled = False
@@ -178,12 +184,16 @@ class Completion:
             raise InvalidRequest("suffix is only allowed with a prompt that is text.", param="suffix")
         return [infilling.prompt(str(prompt), request.suffix) for prompt in request.prompt]
 
-    def start(self) -> None:
-        """Hand every candidate to the pool."""
+    async def start(self) -> None:
+        """Hand every candidate to the pool. Hundreds of them take more than one turn of the event loop."""
         request, account = self.request, self._account()
         meter = self._meter.meter_of(account.key_id, account.team)
+        turn_ends = time.perf_counter() + _TURN_S
         for prompt in self._prompts:
             for number in range(request.candidates):
+                if time.perf_counter() > turn_ends:
+                    await asyncio.sleep(0)
+                    turn_ends = time.perf_counter() + _TURN_S
                 generation = Generation(
                     account, meter, len(self._candidates), prompt, request.sampling(number), self._mailbox
                 )
@@ -228,12 +238,20 @@ class Completion:
     async def deltas(self) -> list[ChoiceDelta]:
         """What the candidates, by number, gained since the last call. Raises ClientGone, and ApiError when one has
         failed."""
-        news = await self._mailbox.take()
+        if news := self._left:
+            self._left = []
+            await asyncio.sleep(0)
+        else:
+            news = await self._mailbox.take()
         if self._gone:
             raise ClientGone
         deltas: list[ChoiceDelta] = []
         timed = False
-        for number, delta, error in news:
+        turn_ends = time.perf_counter() + _TURN_S
+        for place, (number, delta, error) in enumerate(news):
+            if place & 15 == 15 and time.perf_counter() > turn_ends:
+                self._left = news[place:]
+                break
             if error is not None:
                 raise error
             candidate = self._candidates[number]

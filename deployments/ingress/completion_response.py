@@ -62,7 +62,7 @@ class CompletionResponse(Response):
         self._connection = scope.get("extensions", {}).get(CONNECTION)
         try:
             async with _watched(completion, receive), self._deadline():
-                completion.start()
+                await completion.start()
                 if completion.request.stream:
                     await self._stream(send)
                 else:
