@@ -25,7 +25,7 @@ from deployments.contracts import AdmissionRequest, Admitted, KeyInfo, pack, unp
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.catalogue import Catalogue, MeteredModel
 from deployments.meter.keys import ensure_admin_key
-from deployments.meter.worker_threads import WorkerThreads
+from deployments.meter.tokenizer_lanes import TokenizerLanes
 from serve_app.applications import ENGINE, INGRESS, GatewayArguments, serve_config
 from serve_app.config import ClusterConfig, load_cluster_config, millstream_home
 from serve_app.model_source import prepare_model
@@ -51,16 +51,14 @@ class LocalMeter:
     async def authenticate(self, _digest: bytes) -> bytes:
         return pack(KeyInfo("local", "local", admin=True))
 
-    async def admit(self, requests: bytes) -> bytes:
+    async def admit(self, request: bytes) -> bytes:
         if self._catalogue is None:
-            self._catalogue = Catalogue(WorkerThreads("tokenizer", threads=2, max_waiting=256))
+            self._catalogue = Catalogue(TokenizerLanes(threads=2, max_waiting=256))
             self._catalogue.set_models(self._models)
-        answers: list[Admitted] = []
-        for request in unpack(requests, list[AdmissionRequest]):
-            entry = self._catalogue.find(request.model)
-            assert entry is not None
-            answers.append(Admitted(await entry.tokenizer.encode(request.prompts)))
-        return pack(answers)
+        asked = unpack(request, AdmissionRequest)
+        entry = self._catalogue.find(asked.model)
+        assert entry is not None
+        return pack(Admitted(await entry.tokenizer.encode(asked.prompts)))
 
     async def settle(self, _settlements: bytes) -> None: ...
 

@@ -2,7 +2,7 @@
 
     python -m loadtests.meter_benchmark [--model FOLDER] [--requests N] [--profile]
 
-Packed messages go through MeterDeployment as an ingress sends them: batches of 32 requests with prompts of 200 tokens
+Packed messages go through MeterService as an ingress sends them: 32 requests at a time with prompts of 200 tokens
 as text, of keys with all limits, in teams with limits. Usage goes into SQLite, with every commit synced to the disk.
 """
 
@@ -36,7 +36,7 @@ from deployments.contracts import (
     Settlement,
     pack,
     unpack,
-    unpack_admissions,
+    unpack_admission,
 )
 from deployments.logging import configure_logging
 from deployments.meter.catalogue import MeteredModel
@@ -104,8 +104,11 @@ async def _rate(what: str, items: Sequence[Item], work: Callable[[Sequence[Item]
 
 async def _admit(meter: MeterService, batches: Sequence[Batch], admitted: list[bytes]) -> None:
     for batch in batches:
-        answers = unpack_admissions(await meter.answer("admit", pack(batch)))
-        admitted.append(pack([_settlement(*pair) for pair in zip(batch, answers, strict=True)]))
+        answers = await asyncio.gather(*(meter.answer("admit", pack(request)) for request in batch))
+        settlements = [
+            _settlement(request, unpack_admission(answer)) for request, answer in zip(batch, answers, strict=True)
+        ]
+        admitted.append(pack(settlements))
 
 
 async def _settle(meter: MeterService, settlements: Sequence[bytes]) -> None:

@@ -32,9 +32,8 @@ from deployments.contracts import (
     owner_of,
     pack,
     unpack,
-    unpack_admissions,
+    unpack_admission,
 )
-from deployments.ingress.coalescer import Coalescer
 from deployments.ingress.errors import (
     ApiError,
     InsufficientQuota,
@@ -60,8 +59,7 @@ revoked key acts: 5 s at most."""
 _KEY_CACHE_SIZE = 10_000
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 _CALL_LIMIT_S = 10.0
-_SHORT_PROMPTS = 4096
-"""Characters or token ids up to which a request's admission travels together with others, which it must not delay."""
+"""For one attempt: an admission, of which a meter that lives may make no end, or a batch of settlements."""
 _RENEW_S = 5.0
 """Far below the times after which a meter gives this ingress up (deployments/meter/reservations.py)."""
 
@@ -75,7 +73,6 @@ class MeterClient:
         self._names = list(self._meters)
         self._admission_timeout_s = admission_timeout_s
         self.ingress_id = ingress_id
-        self._admissions = {name: Coalescer(self._admitter(meter)) for name, meter in self._meters.items()}
         self._keys: OrderedDict[bytes, tuple[float, KeyInfo]] = OrderedDict()
         self._outbox = SettlementOutbox(outbox_folder, ingress_id, self._settle, call_limit_s=_CALL_LIMIT_S)
         self._renewals: list[asyncio.Task[None]] = []
@@ -133,9 +130,9 @@ class MeterClient:
 
         After ServiceUnavailable, and when it is cancelled, the meter may have reserved all the same: settle it.
         """
-        name = self.meter_of(request.key_id, request.team)
-        request = msgspec.structs.replace(request, ingress_id=self.ingress_id)
-        answer = await self._patiently(lambda: self._ask_to_admit(name, request))
+        meter = self._meters[self.meter_of(request.key_id, request.team)]
+        packed = pack(msgspec.structs.replace(request, ingress_id=self.ingress_id))
+        answer = await self._patiently(lambda: self._ask_to_admit(meter, packed))
         if isinstance(answer, AdmissionRefused):
             raise _refusal(answer)
         return answer
@@ -184,23 +181,12 @@ class MeterClient:
 
     # --- internals ---------------------------------------------------------------------------------------------------
 
-    async def _ask_to_admit(self, name: str, request: AdmissionRequest) -> Admitted | AdmissionRefused:
-        if sum(map(len, request.prompts)) > _SHORT_PROMPTS:
-            [answer] = await self._admitter(self._meters[name])([request])
-        else:
-            answer = await self._admissions[name].call(request)
+    async def _ask_to_admit(self, meter: MeterTransport, request: bytes) -> Admitted | AdmissionRefused:
+        async with asyncio.timeout(_CALL_LIMIT_S):
+            answer = unpack_admission(await meter.admit(request))
         if isinstance(answer, AdmissionRefused) and answer.code == "unavailable":
             raise MeterUnreachable(answer.message)
         return answer
-
-    def _admitter(
-        self, meter: MeterTransport
-    ) -> Callable[[list[AdmissionRequest]], Awaitable[list[Admitted | AdmissionRefused]]]:
-        async def admit(requests: list[AdmissionRequest]) -> list[Admitted | AdmissionRefused]:
-            async with asyncio.timeout(_CALL_LIMIT_S):
-                return unpack_admissions(await meter.admit(pack(requests)))
-
-        return admit
 
     async def _settle(self, name: str, settlements: list[Settlement]) -> None:
         # A meter that is no more may be named in an adopted outbox; any other records as well.

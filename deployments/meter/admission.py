@@ -6,9 +6,9 @@ Coupled with deployments/ingress/meter_client.py through contracts.AdmissionRequ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
-from deployments.contracts import Account, AdmissionRefused, AdmissionRequest, Admitted, Limits
+from deployments.contracts import Account, AdmissionRefused, AdmissionRequest, Admitted, Limits, owner_of
 from deployments.meter.catalogue import Catalogue, MeteredModel
 from deployments.meter.key_directory import KeyDirectory, KeyState
 from deployments.meter.limit_book import LimitBook
@@ -21,6 +21,17 @@ __all__ = ["Admission"]
 _NO_LIMITS: Final = Limits()
 _MOST_TOKENS: Final = 8
 """Per character of a text, and special tokens of each: no tokenizer should make more."""
+_MAX_UNDECIDED: Final = 1024
+"""Admissions of one owner that wait at a time, for the database or a thread, and the characters and token ids of them
+together: memory that it may take, far less than makes a meter stop reading (deployments/meter/meter_connection.py)."""
+_MAX_UNDECIDED_SIZE: Final = 64 * 2**20
+
+
+class _Undecided(NamedTuple):
+    """What one owner has."""
+
+    requests: int
+    size: int
 
 
 class Admission:
@@ -39,10 +50,25 @@ class Admission:
         self._book = book
         self._reservations = reservations
         self._clock = clock
+        self._undecided: dict[str, _Undecided] = {}
 
     async def decide(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
-        """Reserves what it admits. Cheap refusals come first. Raises as Meter.admit."""
+        """Reserves what it admits. Cheap refusals come first, and one that waits holds up no other. Raises
+        MeterError."""
         self._reservations.cancel(request.request_id)  # asked before, and the answer was lost
+        owner, size = owner_of(request.key_id, request.team), sum(map(len, request.prompts))
+        has = self._undecided.get(owner, _Undecided(0, 0))
+        if has.requests >= _MAX_UNDECIDED or (has.requests and has.size + size > _MAX_UNDECIDED_SIZE):
+            return _too_many_at_once(request)
+        self._undecided[owner] = _Undecided(has.requests + 1, has.size + size)
+        try:
+            return await self._decide(request)
+        finally:
+            has = self._undecided.pop(owner)
+            if has.requests > 1:
+                self._undecided[owner] = _Undecided(has.requests - 1, has.size - size)
+
+    async def _decide(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
         key = await self._keys.find(request.key_id)
         if key is None:
             return AdmissionRefused("invalid_api_key", "This API key was revoked or has expired.")
@@ -140,6 +166,16 @@ def _foreseeable(
     if refusal is None or of_most is None or refusal.retry_after_s != of_most.retry_after_s:
         return None
     return refusal
+
+
+def _too_many_at_once(request: AdmissionRequest) -> AdmissionRefused:
+    whose = "this key" if request.team is None else f"the team {request.team}"
+    return AdmissionRefused(
+        "rate_limit_exceeded",
+        f"Too many requests of {whose} wait to be admitted: at most {_MAX_UNDECIDED} at a time, with at most "
+        f"{_MAX_UNDECIDED_SIZE} characters and token ids together.",
+        retry_after_s=1.0,
+    )
 
 
 def _refused(refusal: Refusal, states: Sequence[LimitState], now: float) -> AdmissionRefused:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deployments.meter.tokenizer import PromptTokenizer
-from deployments.meter.worker_threads import WorkerThreads
+from deployments.meter.tokenizer_lanes import TokenizerLanes
 
 __all__ = ["Catalogue", "CatalogueEntry", "MeteredModel"]
 
@@ -36,8 +36,8 @@ class CatalogueEntry(NamedTuple):
 class Catalogue:
     """The listed models by name. Models of one folder share its tokenizer."""
 
-    def __init__(self, threads: WorkerThreads) -> None:
-        self._threads = threads
+    def __init__(self, lanes: TokenizerLanes) -> None:
+        self._lanes = lanes
         self._entries: dict[str, CatalogueEntry] = {}
 
     def set_models(self, models: Iterable[MeteredModel]) -> None:
@@ -45,7 +45,7 @@ class Catalogue:
         tokenizers = {entry.model.folder: entry.tokenizer for entry in self._entries.values()}
         entries: dict[str, CatalogueEntry] = {}
         for model in models:
-            tokenizer = tokenizers.setdefault(model.folder, PromptTokenizer(model.folder, self._threads))
+            tokenizer = tokenizers.setdefault(model.folder, PromptTokenizer(model.folder, self._lanes))
             entries[model.name] = CatalogueEntry(model, tokenizer)
         self._entries = entries
 

@@ -19,6 +19,8 @@ __all__ = [
     "MeterBusy",
     "MeterClosed",
     "MeterError",
+    "OwnerBusy",
+    "PromptTooLong",
     "TeamNotFound",
     "TokenOutOfVocabulary",
     "TokenizerUnavailable",
@@ -39,6 +41,16 @@ class MeterBusy(MeterError):
 
     def __str__(self) -> str:
         return f"{self.what}: full at {self.limit}"
+
+
+class OwnerBusy(MeterBusy):
+    """What one key or team may have in a queue is there already. Others go on; it is worth another try later."""
+
+    def __init__(self, what: str, limit: int, retry_after_s: float) -> None:
+        MeterError.__init__(self, what, limit, retry_after_s)
+        self.what = what
+        self.limit = limit
+        self.retry_after_s = retry_after_s
 
 
 class MeterClosed(MeterError):
@@ -82,6 +94,19 @@ class TokenOutOfVocabulary(MeterError):
 
     def __str__(self) -> str:
         return f"Token id {self.token_id} is out of vocabulary: expected 0 <= id < {self.vocabulary_size}."
+
+
+class PromptTooLong(MeterError):
+    """A text makes more tokens than there is room for."""
+
+    def __init__(self, tokens: int, exact: bool) -> None:
+        super().__init__(tokens, exact)
+        self.tokens = tokens
+        self.exact = exact
+        """False when it makes at least so many: it was not tokenized."""
+
+    def __str__(self) -> str:
+        return f"{'' if self.exact else 'at least '}{self.tokens} tokens"
 
 
 class AdminKeyError(MeterError):

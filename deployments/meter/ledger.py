@@ -77,6 +77,8 @@ class Ledger:
         self._migrated = False
         self._writes = WorkerThreads("ledger writer", threads=1, max_waiting=2)
         self._reads = WorkerThreads("ledger reader", threads=1, max_waiting=64)
+        self._quota_reads = WorkerThreads("quota reader", threads=2, max_waiting=64)
+        """Apart: admissions wait for them, and somebody's report of usage may take long."""
         self._spooling = WorkerThreads("ledger spool", threads=1, max_waiting=2)
         self._queued = 0
         self._waiting: list[_Waiter] = []
@@ -238,7 +240,8 @@ class Ledger:
         would have to be counted."""
         if self._spool.spooled:
             raise LedgerUnavailable(f"{self._spool.spooled} settlements are not in the database yet")
-        return await self._read(lambda connection: used_since(connection, since, key_id=key_id, team=team))
+        query = partial(used_since, since=since, key_id=key_id, team=team)
+        return await self._read(query, self._quota_reads)
 
     async def known(self, ids: Collection[str]) -> set[str]:
         """Those of the request ids that have a row in the database. Raises LedgerUnavailable."""
@@ -252,11 +255,12 @@ class Ledger:
         except TimeoutError as error:
             raise LedgerUnavailable(f"no answer within {timeout_s:g} s") from error
 
-    async def _read(self, query: Callable[[sa.Connection], T]) -> T:
+    async def _read(self, query: Callable[[sa.Connection], T], threads: WorkerThreads | None = None) -> T:
+        """On `threads`, or on those for what is not said to be urgent."""
         if self._closed:
             raise MeterClosed("the ledger is closed")
         try:
-            return await self._reads.run(partial(self._run_query, query))
+            return await (threads or self._reads).run(partial(self._run_query, query))
         except (sa.exc.SQLAlchemyError, SchemaTooNew) as error:
             raise LedgerUnavailable(reason(error)) from error
 
@@ -297,6 +301,7 @@ class Ledger:
             await asyncio.wait({drainer})
         self._writes.close()
         self._reads.close()
+        self._quota_reads.close()
         with suppress(MeterClosed, TimeoutError):  # closed by another call; a disk that hangs
             async with asyncio.timeout(timeout_s):
                 await self._spooling.run(self._spool.close)

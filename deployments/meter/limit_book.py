@@ -7,8 +7,10 @@ is: else nobody could tell whether its answer includes that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final, Protocol
 
 from deployments.contracts import Limits
@@ -20,6 +22,12 @@ from deployments.meter.usage import Used
 __all__ = ["LimitBook", "UsageSource"]
 
 _READ_LIMIT_S: Final = 2.0
+"""For all that is read at a time: nothing is recorded meanwhile."""
+_AT_A_TIME: Final = 8
+"""Owners whose quotas are read side by side, so that a slow one does not hold up the others."""
+
+_Wanted = dict[tuple[str, str | None], asyncio.Future[None]]
+"""Keys with their teams, and who is told once they are loaded."""
 
 
 class UsageSource(Protocol):
@@ -40,7 +48,7 @@ class LimitBook:
         """First come, first served: neither recording nor loading can starve the other."""
         self._recording = 0
         self._recorded = asyncio.Event()
-        self._wanted: set[tuple[str, str | None]] = set()
+        self._wanted: _Wanted = {}
         self._next_loader: asyncio.Task[None] | None = None
         self._loaders: set[asyncio.Task[None]] = set()
 
@@ -84,47 +92,66 @@ class LimitBook:
     async def load(self, key_id: str, team: str | None) -> None:
         """Ask the ledger for the quotas that are limited and not known. Raises LedgerUnavailable, MeterClosed."""
         if self._next_loader is None:
-            self._wanted = set()
+            self._wanted = {}
             self._next_loader = asyncio.create_task(self._load_all(self._wanted), name="quota-loader")
             self._loaders.add(self._next_loader)
-            self._next_loader.add_done_callback(self._loader_ended)
-        self._wanted.add((key_id, team))
-        loader = self._next_loader
-        await asyncio.wait({loader})
-        if loader.cancelled():
-            raise MeterClosed("the meter is closed")
-        if (error := loader.exception()) is not None:
-            why = error.reason if isinstance(error, LedgerUnavailable) else repr(error)
-            raise LedgerUnavailable(f"usage not known: {why}") from error
+            self._next_loader.add_done_callback(partial(self._loader_ended, self._wanted))
+        if (told := self._wanted.get((key_id, team))) is None:
+            told = self._wanted[key_id, team] = asyncio.get_running_loop().create_future()
+        await asyncio.shield(told)
 
-    async def _load_all(self, wanted: set[tuple[str, str | None]]) -> None:
+    async def _load_all(self, wanted: _Wanted) -> None:
         async with self._gate:
             while self._recording:
                 self._recorded.clear()
                 await self._recorded.wait()
             self._next_loader = None  # who asks from here on is not among these
-            for key_id, team in wanted:
-                await self._load(key_id, team)
+            deadline = asyncio.get_running_loop().time() + _READ_LIMIT_S  # for all: recording waits for them
+            at_a_time = asyncio.Semaphore(_AT_A_TIME)
+            of_team: defaultdict[str | None, asyncio.Lock] = defaultdict(asyncio.Lock)
+            await asyncio.gather(
+                *(
+                    self._tell(told, self._load(key_id, team, at_a_time, of_team[team]), deadline)
+                    for (key_id, team), told in wanted.items()
+                )
+            )
 
-    def _loader_ended(self, loader: asyncio.Task[None]) -> None:
+    async def _tell(self, told: asyncio.Future[None], loading: Awaitable[None], deadline: float) -> None:
+        """One owner's failure is nobody else's."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await loading
+        except Exception as error:
+            why = error.reason if isinstance(error, LedgerUnavailable) else repr(error)
+            told.set_exception(LedgerUnavailable(f"usage not known: {why}"))
+            told.exception()  # is for those who wait; none may be left, and then nobody else retrieves it
+        else:
+            told.set_result(None)
+
+    def _loader_ended(self, wanted: _Wanted, loader: asyncio.Task[None]) -> None:
         self._loaders.discard(loader)
         if self._next_loader is loader:
             self._next_loader = None
+        for told in wanted.values():
+            if not told.done():
+                told.set_exception(MeterClosed("the meter is closed"))
+                told.exception()  # likewise
         if not loader.cancelled():
-            loader.exception()  # is for those who wait; none may be left, and then nobody else retrieves it
+            loader.exception()  # `_tell` has told it
 
-    async def _load(self, key_id: str, team: str | None) -> None:
-        now = self._clock()
-        key, *of_team = self.states(key_id, team)
-        for quota in key.unloaded(now):
-            await self._fill(quota, now, key_id=key_id)
-        for quota in (quota for state in of_team for quota in state.unloaded(now)):
-            await self._fill(quota, now, team=team)
+    async def _load(self, key_id: str, team: str | None, at_a_time: asyncio.Semaphore, of_team: asyncio.Lock) -> None:
+        async with at_a_time:
+            now = self._clock()
+            key, *states = self.states(key_id, team)
+            for quota in key.unloaded(now):
+                await self._fill(quota, now, key_id=key_id)
+            async with of_team:  # which another of its keys may load just now
+                for quota in (quota for state in states for quota in state.unloaded(now)):
+                    await self._fill(quota, now, team=team)
 
     async def _fill(self, quota: Quota, now: float, *, key_id: str | None = None, team: str | None = None) -> None:
         period = period_at(quota.name, now)
-        async with asyncio.timeout(_READ_LIMIT_S):
-            used = await self._ledger.used_since(period.begins_at, key_id=key_id, team=team)
+        used = await self._ledger.used_since(period.begins_at, key_id=key_id, team=team)
         quota.load(period, used.tokens, used.cost)
 
     async def close(self) -> None:

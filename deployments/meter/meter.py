@@ -47,6 +47,7 @@ from deployments.meter.refusal_rows import RefusalRows
 from deployments.meter.reservation_journal import ReservationJournal
 from deployments.meter.reservations import Reservation, Reservations, demand_of
 from deployments.meter.spool import Spool
+from deployments.meter.tokenizer_lanes import TokenizerLanes
 from deployments.meter.worker_threads import WorkerThreads
 
 __all__ = ["Meter", "MeterSettings", "steady_clock"]
@@ -73,8 +74,9 @@ class MeterSettings:
     """Whether refused requests get a row in the ledger."""
     max_reservations: int = 100_000
     tokenizer_threads: int = 2
+    """In each of the lanes of tokenizer_lanes.py, as the one below."""
     max_waiting_prompts: int = 256
-    """Requests whose long prompts wait for one of `tokenizer_threads`."""
+    """Requests whose prompts wait for one of `tokenizer_threads`; half of them at most may be one key's or team's."""
 
 
 def steady_clock() -> Callable[[], float]:
@@ -102,6 +104,8 @@ class Meter:
         self._ledger = Ledger(settings.database_url, spool, on_committed=self._counters.committed)
         self._store = KeyStore(self._key_database, clock=self._clock)
         self._key_threads = WorkerThreads("keys", threads=1, max_waiting=64)
+        self._administration_threads = WorkerThreads("administration", threads=1, max_waiting=64)
+        """Apart: who looks for a key must not wait for a command."""
         self._keys = KeyDirectory(
             self._store,
             self._key_threads.run,
@@ -109,16 +113,18 @@ class Meter:
             require_keys=settings.require_keys,
             clock=self._clock,
         )
-        self._tokenizer_threads = WorkerThreads(
-            "tokenizer", threads=settings.tokenizer_threads, max_waiting=settings.max_waiting_prompts
+        self._tokenizer_lanes = TokenizerLanes(
+            threads=settings.tokenizer_threads, max_waiting=settings.max_waiting_prompts
         )
-        self._catalogue = Catalogue(self._tokenizer_threads)
+        self._catalogue = Catalogue(self._tokenizer_lanes)
         self._book = LimitBook(self._ledger, self._clock)
         self._reservations = Reservations(
             self._journal, capacity=settings.max_reservations, lost_after_s=settings.lost_after_s
         )
         self._admission = Admission(self._keys, self._catalogue, self._book, self._reservations, self._clock)
         self._refusal_rows = RefusalRows(self._ledger) if settings.record_refusals else None
+        self._journaled: asyncio.Future[None] | None = None
+        """Done once what this turn of the event loop has decided is in the journal."""
         self._unchecked: list[str] | None = []
         """Reservations of an earlier process that may be recorded already; None once that is known."""
         self._sweeper: asyncio.Task[None] | None = None
@@ -146,18 +152,24 @@ class Meter:
         """Whose key has this SHA-256; None for nobody's. Raises LedgerUnavailable when that cannot be told."""
         return await self._keys.authenticate(digest)
 
-    async def admit(self, requests: list[AdmissionRequest]) -> list[Admitted | AdmissionRefused]:
+    async def admit(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
         """Tokenizes, checks and reserves; a reservation lasts until its request is settled.
 
-        Asking again for the same request is safe. Those that cannot be decided now are `unavailable`, and hold up no
-        others: when too much waits, a model's files are unusable, or usage cannot be told. Raises LedgerUnavailable
-        for all of them when usage cannot be recorded.
+        Asking again for the same request is safe. One that cannot be decided now is `unavailable`: when too much waits,
+        a model's files are unusable, or usage cannot be told. Raises LedgerUnavailable when usage cannot be recorded.
         """
         if self._ledger.full:
             raise LedgerUnavailable("the spool is full")
-        answers = await asyncio.gather(*map(self._admit, requests))
-        self._reservations.flush(self._clock())
-        return answers
+        began_s = time.perf_counter()
+        try:
+            answer = await self._admission.decide(request)
+        except MeterError as error:
+            log.warning("admission not decided", request=request.request_id, reason=str(error))
+            answer = AdmissionRefused("unavailable", str(error))
+        else:
+            self._count(request, answer, time.perf_counter() - began_s)
+        await asyncio.shield(self._journaled or self._journal_soon())
+        return answer
 
     async def settle(self, settlements: list[Settlement]) -> None:
         """Returns once all are durable in the ledger; then their reservations are gone. Raises as Ledger.record."""
@@ -178,7 +190,7 @@ class Meter:
     async def administer(self, command: AdministrationCommand) -> AdministrationAnswer:
         """Changes or tells keys and teams: this meter knows at once, all others within a second. Raises
         LedgerUnavailable, and then nothing has changed."""
-        answer = await self._key_threads.run(partial(administer, self._store, command))
+        answer = await self._administration_threads.run(partial(administer, self._store, command))
         if answer.error is None and self._settings.require_keys:
             try:
                 await self._keys.refresh()
@@ -233,7 +245,7 @@ class Meter:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait({self._sweeper})
-        self._tokenizer_threads.close()
+        self._tokenizer_lanes.close()
         await self._book.close()
         await self._keys.close()
         if self._refusal_rows is not None:
@@ -241,24 +253,35 @@ class Meter:
         await self._ledger.close()
         self._journal.close()
         self._key_threads.close()
+        self._administration_threads.close()
         await asyncio.to_thread(self._key_database.dispose)
 
     # --- admission ---------------------------------------------------------------------------------------------------
 
-    async def _admit(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
-        began_s = time.perf_counter()
-        try:
-            answer = await self._admission.decide(request)
-        except MeterError as error:
-            log.warning("admission not decided", request=request.request_id, reason=str(error))
-            return AdmissionRefused("unavailable", str(error))
+    def _count(self, request: AdmissionRequest, answer: Admitted | AdmissionRefused, seconds: float) -> None:
+        """What was decided, and how long that took."""
         if isinstance(answer, Admitted):
-            self._counters.admitted(time.perf_counter() - began_s)
+            self._counters.admitted(seconds)
+            return
+        self._counters.refusals[answer.code] += 1
+        if self._refusal_rows is not None:
+            self._refusal_rows.put(request, self._clock())
+
+    def _journal_soon(self) -> asyncio.Future[None]:
+        """One write for all that is decided in this turn of the event loop."""
+        loop = asyncio.get_running_loop()
+        self._journaled = loop.create_future()
+        loop.call_soon(self._journal_now, self._journaled)
+        return self._journaled
+
+    def _journal_now(self, journaled: asyncio.Future[None]) -> None:
+        self._journaled = None
+        try:
+            self._reservations.flush(self._clock())
+        except Exception as error:  # all who wait raise it
+            journaled.set_exception(error)
         else:
-            self._counters.refusals[answer.code] += 1
-            if self._refusal_rows is not None:
-                self._refusal_rows.put(request, self._clock())
-        return answer
+            journaled.set_result(None)
 
     # --- what an earlier process, and others, have left -------------------------------------------------------------
 

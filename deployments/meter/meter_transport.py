@@ -15,8 +15,8 @@ class MeterTransport(Protocol):
     async def authenticate(self, digest: bytes) -> bytes:
         """The SHA-256 of a key in, a packed KeyInfo out, or nothing for an unknown key."""
 
-    async def admit(self, requests: bytes) -> bytes:
-        """A packed list of AdmissionRequest in, as many packed answers out."""
+    async def admit(self, request: bytes) -> bytes:
+        """A packed AdmissionRequest in, its packed answer out, as soon as it is decided."""
 
     async def settle(self, settlements: bytes) -> None:
         """A packed list of Settlement, on disk when this returns."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from deployments.contracts import AdmissionRefused, AdmissionRequest, PromptOptions
-from deployments.meter.catalogue import CatalogueEntry
-from deployments.meter.errors import TokenOutOfVocabulary
+from typing import Final
 
-__all__ = ["encode_prompts"]
+from deployments.contracts import AdmissionRefused, AdmissionRequest, owner_of
+from deployments.meter.catalogue import CatalogueEntry
+from deployments.meter.errors import OwnerBusy, PromptTooLong, TokenOutOfVocabulary
+from deployments.meter.tokenizer import Truncation
+
+__all__ = ["MAX_PROMPT_TOKENS", "encode_prompts"]
+
+MAX_PROMPT_TOKENS: Final = 2**20
+"""Over all prompts of a request, each counted once for every choice that is generated from it: engines keep, hash and
+check them once for each."""
 
 
 async def encode_prompts(entry: CatalogueEntry, request: AdmissionRequest) -> list[list[int]] | AdmissionRefused:
@@ -16,21 +23,37 @@ async def encode_prompts(entry: CatalogueEntry, request: AdmissionRequest) -> li
     """
     max_model_len, options = entry.model.max_model_len, request.options
     prompts = request.prompts
-    keep = options.truncate_prompt_tokens
-    if keep == -1:
-        keep = max(1, max_model_len - request.max_tokens)
-    if keep is not None:
-        prompts = [_truncated(prompt, keep, options) if isinstance(prompt, list) else prompt for prompt in prompts]
+    room = max_model_len - request.max_tokens
+    truncation = None
+    if (keep := options.truncate_prompt_tokens) is not None:
+        truncation = Truncation(max(1, room) if keep == -1 else keep, options.truncation_side)
+        prompts = [truncation.cut(prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
     # Before their ids are looked at: megabytes of them would hold the event loop.
+    if refused := _multiplied(request, [len(prompt) for prompt in prompts if isinstance(prompt, list)]):
+        return refused
     for prompt in prompts:
-        if isinstance(prompt, list) and len(prompt) + request.max_tokens > max_model_len:
+        if isinstance(prompt, list) and len(prompt) > room:
             return _context_exceeded(max_model_len, len(prompt), request.max_tokens)
     try:
-        token_ids = await entry.tokenizer.encode(prompts, add_special_tokens=options.add_special_tokens)
+        token_ids = await entry.tokenizer.encode(
+            prompts,
+            add_special_tokens=options.add_special_tokens,
+            truncation=truncation,
+            at_most=max(0, room),
+            owner=owner_of(request.key_id, request.team),
+        )
     except TokenOutOfVocabulary as error:
         return AdmissionRefused("token_out_of_vocabulary", str(error), param="prompt")
-    if keep is not None:
-        token_ids = [_truncated(ids, keep, options) for ids in token_ids]
+    except PromptTooLong as long:
+        return _context_exceeded(max_model_len, long.tokens, request.max_tokens, exact=long.exact)
+    except OwnerBusy as busy:
+        whose = "this key" if request.team is None else f"the team {request.team}"
+        return AdmissionRefused(
+            "rate_limit_exceeded",
+            f"Too many long prompts of {whose} wait to be tokenized: {busy.limit} at most. Please send fewer at a "
+            "time.",
+            retry_after_s=busy.retry_after_s,
+        )
     lengths = [len(ids) for ids in token_ids]
     if not all(lengths):
         return AdmissionRefused(
@@ -38,21 +61,33 @@ async def encode_prompts(entry: CatalogueEntry, request: AdmissionRequest) -> li
             "The prompt is empty: expected at least one token in each prompt.",
             param="prompt",
         )
-    if max(lengths) + request.max_tokens > max_model_len:
+    if max(lengths) > room:
         return _context_exceeded(max_model_len, max(lengths), request.max_tokens)
-    return token_ids
+    return _multiplied(request, lengths) or token_ids
 
 
-def _truncated(token_ids: list[int], keep: int, options: PromptOptions) -> list[int]:
-    return token_ids[:keep] if options.truncation_side == "right" else token_ids[-keep:]
+def _multiplied(request: AdmissionRequest, lengths: list[int]) -> AdmissionRefused | None:
+    tokens = sum(lengths) * request.choices
+    if tokens <= MAX_PROMPT_TOKENS:
+        return None
+    return AdmissionRefused(
+        "too_many_prompt_tokens",
+        f"{len(lengths)} prompts of {sum(lengths)} tokens, with {request.choices} choices generated for each, make "
+        f"{tokens} prompt tokens; at most {MAX_PROMPT_TOKENS} in one request. Send fewer prompts at a time, or make n "
+        "(or best_of) smaller.",
+        param="n" if request.choices > 1 else "prompt",
+    )
 
 
-def _context_exceeded(max_model_len: int, prompt_tokens: int, max_tokens: int) -> AdmissionRefused:
+def _context_exceeded(
+    max_model_len: int, prompt_tokens: int, max_tokens: int, *, exact: bool = True
+) -> AdmissionRefused:
     """In the words that OpenAI used for its completions models, which clients search for."""
+    least = "" if exact else "at least "
     return AdmissionRefused(
         "context_length_exceeded",
         f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-        f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt; {max_tokens} for the "
+        f"{least}{prompt_tokens + max_tokens} tokens ({least}{prompt_tokens} in the prompt; {max_tokens} for the "
         "completion). Please reduce the prompt or max_tokens.",
         param="prompt",
     )

@@ -33,8 +33,8 @@ class RemoteMeter:
     async def authenticate(self, digest: bytes) -> bytes:
         return await self._call("authenticate", digest)
 
-    async def admit(self, requests: bytes) -> bytes:
-        return await self._call("admit", requests)
+    async def admit(self, request: bytes) -> bytes:
+        return await self._call("admit", request)
 
     async def settle(self, settlements: bytes) -> None:
         await self._call("settle", settlements)

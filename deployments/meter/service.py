@@ -34,8 +34,8 @@ class MeterService:
         info = await self._meter.authenticate(digest)
         return b"" if info is None else pack(info)
 
-    async def _admit(self, requests: bytes) -> bytes:
-        return pack(await self._meter.admit(unpack(requests, list[AdmissionRequest])))
+    async def _admit(self, request: bytes) -> bytes:
+        return pack(await self._meter.admit(unpack(request, AdmissionRequest)))
 
     async def _settle(self, settlements: bytes) -> bytes:
         await self._meter.settle(unpack(settlements, list[Settlement]))

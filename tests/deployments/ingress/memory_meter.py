@@ -67,11 +67,11 @@ class MemoryMeter:
         info = self.keys.get(digest)
         return b"" if info is None else pack(info)
 
-    async def admit(self, requests: bytes) -> bytes:
-        asked = unpack(requests, list[AdmissionRequest])
-        self.admissions += asked
+    async def admit(self, request: bytes) -> bytes:
+        asked = unpack(request, AdmissionRequest)
+        self.admissions.append(asked)
         await self._call("admit")
-        return pack([self.answer(request) for request in asked])
+        return pack(self.answer(asked))
 
     async def settle(self, settlements: bytes) -> None:
         self.batches.append(unpack(settlements, list[Settlement]))

@@ -25,6 +25,7 @@ from deployments.meter.errors import (
     TokenOutOfVocabulary,
 )
 from deployments.meter.meter import Meter
+from deployments.meter.prompts import MAX_PROMPT_TOKENS
 from deployments.meter.tokenizer import INLINE_SIZE
 from deployments.meter.worker_threads import WorkerThreads
 from tests.deployments.meter.running_meter import running_meter, settlement
@@ -67,21 +68,21 @@ def ask(
 
 
 async def admitted(meter: Meter, request: AdmissionRequest) -> list[list[int]]:
-    [answer] = await meter.admit([request])
+    answer = await meter.admit(request)
     assert isinstance(answer, Admitted), answer
     return answer.token_ids
 
 
 async def unavailable(meter: Meter, request: AdmissionRequest) -> str:
     """Why it cannot be decided now."""
-    [answer] = await meter.admit([request])
+    answer = await meter.admit(request)
     assert isinstance(answer, AdmissionRefused), answer
     assert answer.code == "unavailable"
     return answer.message
 
 
 async def refused(meter: Meter, request: AdmissionRequest) -> AdmissionRefused:
-    [answer] = await meter.admit([request])
+    answer = await meter.admit(request)
     assert isinstance(answer, AdmissionRefused), answer
     assert meter.counters().open_reservations == 0
     return answer
@@ -126,7 +127,7 @@ async def test_an_added_token_beyond_a_gap_is_in_the_vocabulary(meter: Meter, tm
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     meter.set_models([MeteredModel("tiny", tmp_path, CONTEXT)])
     assert await admitted(meter, ask([0, 400])) == [[0, 400]]
-    [refusal] = await meter.admit([ask([401])])
+    refusal = await meter.admit(ask([401]))
     assert isinstance(refusal, AdmissionRefused)
     assert "0 <= id < 401" in refusal.message
 
@@ -236,7 +237,7 @@ async def test_the_context_is_checked_after_the_cut(meter: Meter, prompt: str | 
 
 async def test_what_is_reserved_is_what_is_left_of_the_prompts(meter: Meter) -> None:
     request = ask([1] * 50, "z" * 50, [1], max_tokens=6, choices=2, truncate_prompt_tokens=5)
-    [answer] = await meter.admit([request])
+    answer = await meter.admit(request)
     assert isinstance(answer, Admitted)
     assert answer.reserved_tokens == (5 + 5 + 1) + 3 * 2 * 6
 
@@ -244,7 +245,7 @@ async def test_what_is_reserved_is_what_is_left_of_the_prompts(meter: Meter) -> 
 @pytest.mark.parametrize("prompt", [[1, 10_000, 2], [10_000, 1, 2], [1, 2, 10_000]])
 async def test_tokens_that_are_cut_off_are_not_looked_at(meter: Meter, prompt: list[int]) -> None:
     for side, kept in (("right", prompt[:1]), ("left", prompt[-1:])):
-        [answer] = await meter.admit([ask(prompt, truncate_prompt_tokens=1, truncation_side=side)])
+        answer = await meter.admit(ask(prompt, truncate_prompt_tokens=1, truncation_side=side))
         if kept == [10_000]:
             assert isinstance(answer, AdmissionRefused)
             assert (answer.code, answer.param) == ("token_out_of_vocabulary", "prompt")
@@ -263,9 +264,7 @@ async def test_tokens_that_are_cut_off_are_not_looked_at(meter: Meter, prompt: l
 async def test_what_is_admitted_is_never_empty_fits_and_is_an_end_of_the_prompt(
     meter: Meter, prompts: list[str | list[int]], keep: int | None, side: str, max_tokens: int
 ) -> None:
-    [answer] = await meter.admit(
-        [ask(*prompts, max_tokens=max_tokens, truncate_prompt_tokens=keep, truncation_side=side)]
-    )
+    answer = await meter.admit(ask(*prompts, max_tokens=max_tokens, truncate_prompt_tokens=keep, truncation_side=side))
     wholes = [prompt if isinstance(prompt, list) else (await whole_of(meter, prompt)) for prompt in prompts]
     limit = CONTEXT - max_tokens if keep == -1 else keep
     lengths = [len(whole) if limit is None else min(len(whole), max(1, limit)) for whole in wholes]
@@ -344,13 +343,13 @@ async def test_the_catalogue_is_replaced_at_run_time(meter: Meter, tmp_path: Pat
     longer = MeteredModel("tiny", tmp_path / "tiny", max_model_len=2 * CONTEXT)
 
     meter.set_models([longer, other])
-    [unlisted] = await meter.admit([ask("the mill", model="roomy")])
+    unlisted = await meter.admit(ask("the mill", model="roomy"))
     assert isinstance(unlisted, AdmissionRefused)
     assert (await admitted(meter, ask("mill", model="other")))[0][0] == BEGIN_ID
     await admitted(meter, ask("z" * 100))
 
     meter.set_models([])
-    [gone] = await meter.admit([ask("the mill")])
+    gone = await meter.admit(ask("the mill"))
     assert isinstance(gone, AdmissionRefused)
     await meter.settle([settlement("before")])  # a request outlives its model
 
@@ -409,7 +408,9 @@ async def test_a_full_table_of_reservations_refuses_until_one_is_settled(tmp_pat
 async def test_what_cannot_be_decided_holds_up_nothing_else_of_its_batch(meter: Meter, tmp_path: Path) -> None:
     models = [MeteredModel("tiny", tmp_path / "tiny", 10_000), MeteredModel("broken", tmp_path / "none", CONTEXT)]
     meter.set_models(models)
-    broken, long = await meter.admit([ask("the mill", model="broken"), ask("long " * 1000, request_id="long")])
+    broken, long = await asyncio.gather(
+        meter.admit(ask("the mill", model="broken")), meter.admit(ask("long " * 1000, request_id="long"))
+    )
     assert isinstance(broken, AdmissionRefused)
     assert broken.code == "unavailable"
     assert isinstance(long, Admitted)
@@ -466,3 +467,22 @@ def test_errors_cross_a_process_boundary_whole(error: MeterError) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
     assert (str(copy), vars(copy)) == (str(error), vars(error))
+
+
+# --- what multiplies ------------------------------------------------------------------------------------------------
+
+
+async def test_prompt_tokens_are_bounded_over_all_choices_that_are_generated_from_them(meter: Meter) -> None:
+    ids = [3] * 8000
+    refusal = await refused(meter, ask(*[ids] * 8, model="roomy", choices=128))
+    assert (refusal.code, refusal.param) == ("too_many_prompt_tokens", "n")
+    assert f"make 8192000 prompt tokens; at most {MAX_PROMPT_TOKENS}" in refusal.message
+    assert len(await admitted(meter, ask(ids, model="roomy", choices=128, request_id="cmpl-2"))) == 1
+
+
+async def test_the_bound_on_prompt_tokens_holds_for_texts_too(meter: Meter) -> None:
+    text = "the mill turns, 7 times. " * 2000
+    refusal = await refused(meter, ask(text, model="roomy", choices=128))
+    assert (refusal.code, refusal.param) == ("too_many_prompt_tokens", "n")
+    one = await refused(meter, ask([3] * (MAX_PROMPT_TOKENS + 1), model="roomy", request_id="cmpl-2"))
+    assert (one.code, one.param) == ("too_many_prompt_tokens", "prompt")

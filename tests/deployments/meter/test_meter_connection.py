@@ -14,7 +14,7 @@ from deployments.meter import meter_connection
 from deployments.meter.errors import LedgerUnavailable
 from deployments.meter.meter_connection import MeterConnection, MeterMethod, MeterServer, MeterUnreachable
 from deployments.meter.remote_meter import RemoteMeter
-from deployments.ticketed_connection import connected
+from deployments.ticketed_connection import FramedConnection, connected
 
 
 class Meter:
@@ -101,6 +101,66 @@ async def test_a_call_that_takes_long_holds_up_no_other(meter: Meter, remote: Re
     assert await slow == b"slow"
 
 
+async def test_what_one_turn_calls_and_answers_travels_in_one_frame(
+    meter: Meter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = await connected(meter.server.ticket(), MeterConnection())
+    assert await connection.call("ping", b"") == b""
+    frames: list[str] = []
+
+    def told(end: FramedConnection, name: str) -> None:
+        send = end.send
+
+        def told_send(frame: bytes) -> None:
+            frames.append(name)
+            send(frame)
+
+        monkeypatch.setattr(end, "send", told_send)
+
+    told(connection, "calls")
+    [caller] = meter.server._callers
+    told(caller, "answers")
+    meter.open.clear()
+    calls = [begun(connection.call("admit", b"%d" % number)) for number in range(100)]
+    await soon(lambda: len(meter.calls) == 101)
+    assert frames == ["calls"]
+    calls.append(begun(connection.call("admit", b"at once")))  # while the others are under way
+    assert await calls[-1] == b"at once"
+    assert frames == ["calls", "calls", "answers"]
+    meter.open.set()
+    await asyncio.gather(*calls)
+    assert frames == ["calls", "calls", "answers", "answers"]
+    connection.close()
+
+
+async def test_a_frame_ends_with_the_message_that_makes_it_large(meter: Meter) -> None:
+    connection = await connected(meter.server.ticket(), MeterConnection())
+    assert await connection.call("ping", b"") == b""
+    received: list[int] = []
+    [caller] = meter.server._callers
+    receive = caller.frame_received
+
+    def told(frame: bytes) -> None:
+        received.append(len(frame))
+        receive(frame)
+
+    caller.frame_received = told  # type: ignore[method-assign]
+    arguments = [bytes(100_000)] * 10
+    assert await asyncio.gather(*(connection.call("admit", argument) for argument in arguments)) == arguments
+    assert len(received) == 4
+    assert max(received) < 310_000
+    connection.close()
+
+
+async def test_many_calls_that_take_long_do_not_stop_the_reading_of_others(meter: Meter, remote: RemoteMeter) -> None:
+    meter.open.clear()
+    slow = [begun(remote.admit(b"%d" % number)) for number in range(2000)]
+    await soon(lambda: len(meter.calls) == 2000)
+    assert await remote.admit(b"at once") == b"at once"
+    meter.open.set()
+    assert len(await asyncio.gather(*slow)) == 2000
+
+
 @pytest.mark.parametrize("error", [LedgerUnavailable("away"), ValueError("a bug")])
 async def test_what_the_meter_raises_is_told_by_its_name(meter: Meter, remote: RemoteMeter, error: Exception) -> None:
     meter.error = error
@@ -162,21 +222,37 @@ async def test_a_meter_that_hangs_is_left_and_looked_for_anew(
     meter: Meter, remote: RemoteMeter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meter_connection, "CALL_LIMIT_S", 0.1)
+    monkeypatch.setattr(meter_connection, "ALIVE_S", 60.0)  # as if its event loop stood still
     meter.open.clear()
     given_up = begun(remote.admit(b"1"))
     await soon(lambda: len(meter.calls) == 1)
     given_up.cancel()  # whoever waits for an answer: it is due
-    with pytest.raises(MeterUnreachable, match="no answer"):
+    with pytest.raises(MeterUnreachable, match="no sign of life"):
         await remote.admit(b"2")
     meter.open.set()
     assert await remote.admit(b"3") == b"3"
     assert meter.connects == 2
 
 
+async def test_a_call_may_take_longer_than_a_meter_may_be_silent(
+    meter: Meter, remote: RemoteMeter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meter_connection, "CALL_LIMIT_S", 0.5)
+    monkeypatch.setattr(meter_connection, "ALIVE_S", 0.05)
+    meter.open.clear()
+    slow = begun(remote.admit(b"slow"))
+    await asyncio.sleep(1.5)
+    assert not slow.done()
+    meter.open.set()
+    assert await slow == b"slow"
+    assert meter.connects == 1
+
+
 async def test_a_meter_that_answers_anything_does_not_hang(
     meter: Meter, remote: RemoteMeter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meter_connection, "CALL_LIMIT_S", 0.2)
+    monkeypatch.setattr(meter_connection, "ALIVE_S", 60.0)
     meter.open.clear()
     slow = begun(remote.usage(b"slow"))
     until = asyncio.get_running_loop().time() + 0.5
@@ -208,8 +284,11 @@ async def test_a_meter_that_closes_answers_what_it_has_begun_and_takes_nothing_m
     assert [argument for _, argument in meter.calls] == [b"1"]
 
 
-async def test_no_more_is_read_than_the_meter_may_work_on(meter: Meter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter_connection, "_MAX_UNDER_WAY", 2)
+@pytest.mark.parametrize(("bound", "at_most"), [("_MAX_UNDER_WAY", 2), ("_MAX_BYTES_UNDER_WAY", 2)])
+async def test_no_more_is_read_than_the_meter_may_work_on(
+    meter: Meter, monkeypatch: pytest.MonkeyPatch, bound: str, at_most: int
+) -> None:
+    monkeypatch.setattr(meter_connection, bound, at_most)
     connection = await connected(meter.server.ticket(), MeterConnection())
     meter.open.clear()
     calls = []

@@ -24,7 +24,7 @@ from deployments.contracts import (
     UsageRow,
     pack,
     unpack,
-    unpack_admissions,
+    unpack_admission,
 )
 from deployments.meter import deployment
 from deployments.meter.deployment import MeterDeployment
@@ -112,7 +112,7 @@ async def test_one_request_from_its_key_to_its_row(tmp_path: Path) -> None:
         request = AdmissionRequest(
             "cmpl-1", info.key_id, "tiny", ["the mill", [1, 2]], 4, 1, team="mill", ingress_id="i-1"
         )
-        [answer] = unpack_admissions(await meter.admit(pack([request])))
+        answer = unpack_admission(await meter.admit(pack(request)))
         assert isinstance(answer, Admitted)
         assert answer.token_ids[1] == [1, 2]
         assert abs(answer.admitted_at - time.time()) < 60.0
@@ -138,7 +138,7 @@ async def test_a_change_of_models_keeps_what_is_reserved(tmp_path: Path) -> None
     deployed = deploy(tmp_path)
     await configure(deployed, save_tiny_tokenizer(tmp_path / "tiny"))
     with called(deployed) as meter:
-        await meter.admit(pack([AdmissionRequest("cmpl-1", "admin", "tiny", [[1]], 4, 1)]))
+        await meter.admit(pack(AdmissionRequest("cmpl-1", "admin", "tiny", [[1]], 4, 1)))
         await deployed.reconfigure({"models": []})
         assert unpack(await meter.counters(), MeterCounters).open_reservations == 1
     await stop(deployed)
@@ -162,7 +162,7 @@ async def test_a_successor_waits_until_its_predecessor_has_let_go(tmp_path: Path
     await configure(first, folder)
     await configure(other, folder)
     with called(first) as meter:
-        await meter.admit(pack([AdmissionRequest("cmpl-1", "admin", "tiny", [[1]], 4, 1)]))
+        await meter.admit(pack(AdmissionRequest("cmpl-1", "admin", "tiny", [[1]], 4, 1)))
     starting = asyncio.create_task(configure(second, folder))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(asyncio.shield(starting), 0.3)
@@ -183,7 +183,8 @@ async def test_the_first_meter_takes_what_meters_that_are_no_more_have_left(tmp_
     await configure(gone, folder)
     request = AdmissionRequest("cmpl-1", "admin", "tiny", [[1]], 4, 1)
     with called(gone) as meter:
-        await meter.admit(pack([request, AdmissionRequest("cmpl-2", "admin", "tiny", [[1]], 4, 1)]))
+        for each in (request, AdmissionRequest("cmpl-2", "admin", "tiny", [[1]], 4, 1)):
+            await meter.admit(pack(each))
         await meter.settle(pack([settlement(request)]))
         assert unpack(await meter.counters(), MeterCounters).spooled == 1
     await stop(gone)
