@@ -99,6 +99,8 @@ Texts, log probabilities, offsets, reasons and usage are those of vLLM's server 
 
 - `max_tokens: 0` counts no completion token and ends with `length`; vLLM counts the one that it makes to score with.
 - `echo` with `return_token_ids` keeps the prompt's text, and a truncated prompt is echoed as the model saw it.
+- Of tokens that read alike, such as parts of characters, `top_logprobs` has all: the chosen one by its text, the others
+  by their bytes, as in `bytes:\\xe2\\x80`, which is OpenAI's form. In vLLM's only the last of them is left.
 - `best_of` exists, and `finish_reason` is only ever `stop` or `length`: a repetition is told by `stop_reason`.
 - Unknown parameters are refused, and so are values out of OpenAI's ranges.
 """

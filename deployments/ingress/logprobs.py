@@ -2,11 +2,16 @@
 
 A token alone may be no text: a byte of a character reads as U+FFFD. Then the token that completes the character gets
 all of it and the others get nothing, so that the texts of tokens add up to the text (vLLM's LogprobsProcessor).
+
+`top_logprobs` is an object by text, in which vLLM loses all but the last of the entries that read alike: parts of
+characters, mostly. Here the chosen token keeps its text, so that it is found by what `tokens` calls it, and the others
+of that text are told by their bytes, as OpenAI did: `bytes:\\xe2\\x80`.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,7 +37,7 @@ class Logprobs(msgspec.Struct):
     token_logprobs: list[float | None] = []
     tokens: list[str] = []
     top_logprobs: list[dict[str, float] | None] = []
-    """Of the likeliest tokens and the one chosen."""
+    """Of the likeliest tokens and the one chosen, which comes first. Never fewer entries than tokens."""
 
     def extend(self, more: Logprobs) -> None:
         self.text_offset += more.text_offset
@@ -48,6 +53,7 @@ class TokenTexts:
         self._tokenizer = tokenizer
         self._alone: dict[int, str] = {}
         self._space_marker = _leading_space_marker(tokenizer)
+        self._byte_level = _is_byte_level(tokenizer)
 
     def at_the_start(self, token_id: int) -> str:
         """As decoders give it: a space that a word begins with is no part of the text."""
@@ -68,6 +74,17 @@ class TokenTexts:
         """With the tokens before it: of an incomplete character nothing, unless this token completes it."""
         text = self.alone(token_id)
         return self._completed(context, token_id) if text.endswith(_REPLACEMENT) else text
+
+    def as_bytes(self, token_id: int) -> str:
+        """`bytes:` and what the token stands for: printable ASCII as it is, all else as `\\xe2`."""
+        raw = self._tokenizer.id_to_token(token_id) or ""
+        if byte := _BYTE_TOKEN.fullmatch(raw):
+            data = bytes.fromhex(byte[1])
+        elif self._byte_level and all(character in _BYTE_OF for character in raw):
+            data = bytes(_BYTE_OF[character] for character in raw)
+        else:
+            data = (raw if self._space_marker is None else raw.replace(self._space_marker, " ")).encode()
+        return "bytes:" + "".join([chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in data])
 
     def _completed(self, context: Sequence[int], token_id: int) -> str:
         for length in range(1, min(len(context), _CONTEXT_TOKENS) + 1):
@@ -98,6 +115,24 @@ def _leading_space_marker(tokenizer: Tokenizer) -> str | None:
         return next((str(each.replacement) for each in stages if isinstance(each, pre_tokenizers.Metaspace)), None)
     except IndexError:
         return None
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether its vocabulary writes bytes as visible characters, as GPT-2's does."""
+    decoder = tokenizer.decoder
+    return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()  # as JSON: its parts cannot be asked for
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte of each visible character. Source: `bytes_to_unicode` of GPT-2's encoder.py."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+"""How SentencePiece writes a byte."""
 
 
 class LogprobsWriter:
@@ -133,12 +168,23 @@ class LogprobsWriter:
                 logprobs = [max(each, _LOWEST) for each in position.logprobs[: self._told]]
                 token = texts[0]
                 written.token_logprobs.append(logprobs[0])
-                written.top_logprobs.append(dict(zip(texts, logprobs, strict=True)))
+                top = dict(zip(texts, logprobs, strict=True))
+                if len(top) < len(texts):
+                    top = dict(zip(self._told_apart(told, texts), logprobs, strict=True))
+                written.top_logprobs.append(top)
                 self._context = [*self._context[1 - _CONTEXT_TOKENS :], token_id]
             written.tokens.append(token)
             written.text_offset.append(self._offset)
             self._offset += len(token)
         return written
+
+    def _told_apart(self, token_ids: Sequence[int], texts: Sequence[str]) -> list[str]:
+        """One name for each token of a position, of which several read alike; the first keeps its text."""
+        names: dict[str, None] = {texts[0]: None}
+        for token_id, text in zip(token_ids[1:], texts[1:], strict=True):
+            name = text if texts.count(text) == 1 else self._texts.as_bytes(token_id)
+            names[f"token_id:{token_id}" if name in names or (name != text and name in texts) else name] = None
+        return list(names)
 
     def _text(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._as_token_ids else self._texts.after(self._context, token_id)

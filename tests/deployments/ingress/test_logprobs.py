@@ -218,6 +218,48 @@ def test_without_a_limit_all_that_the_engine_tells_is_told() -> None:
     assert len(told(many, top=None)[2] or {}) == 14
 
 
+def test_tokens_that_read_alike_are_all_told() -> None:
+    """The chosen one by the name that `tokens` has for it, the others by their bytes, as OpenAI did."""
+    first, second, third = byte_ids("日".encode())
+    others = byte_ids(b"\xe7\x8c")
+    assert told(position(first, A, *others), top=3) == (
+        "",
+        -0.5,
+        {"": -0.5, "a": -1.0, "bytes:\\xe7": -1.5, "bytes:\\x8c": -2.0},
+    )
+    assert told(position(A, *others), top=2)[2] == {"a": -0.5, "bytes:\\xe7": -1.0, "bytes:\\x8c": -1.5}
+    assert told(position(A, others[0]), top=2)[2] == {"a": -0.5, "": -1.0}  # as in vLLM, where nothing is lost
+    completed = writer(byte_level(), top=2).generated(
+        [first, second, third], [position(first), position(second), position(third, first, second)]
+    )
+    assert completed.top_logprobs[2] == {"日": -0.5, "": -1.0, "旗": -1.5}  # what they would have made of it
+
+
+def test_what_has_a_name_of_bytes_already_is_told_by_its_id() -> None:
+    tokenizer = byte_level_tokenizer({**byte_level().get_vocab(), "bytes:\\x8c": 400}, [])
+    others = byte_ids(b"\xe7\x8c")
+    named = LogprobsWriter(TokenTexts(tokenizer), top=4, as_token_ids=False).generated([A], [position(A, *others, 400)])
+    assert named.top_logprobs == [{"a": -0.5, "bytes:\\xe7": -1.0, f"token_id:{others[1]}": -1.5, "bytes:\\x8c": -2.0}]
+
+
+def test_bytes_of_sentencepiece_are_told_too() -> None:
+    tokenizer = Tokenizer(models.BPE({"▁a": 0, "<0xE2>": 1, "<0x80>": 2, "<0x20>": 3, "▁日": 4}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    texts = TokenTexts(tokenizer)
+    names = [texts.as_bytes(token_id) for token_id in range(5)]
+    assert names == ["bytes: a", "bytes:\\xe2", "bytes:\\x80", "bytes: ", "bytes: \\xe6\\x97\\xa5"]
+
+
+@given(st.lists(st.integers(0, 255), min_size=2, max_size=20, unique=True))
+def test_no_entry_is_ever_lost(byte_values: list[int]) -> None:
+    token_ids = byte_ids(bytes(byte_values))
+    token, logprob, top = told(position(*token_ids), top=len(token_ids))
+    assert top is not None
+    assert len(top) == len(token_ids)
+    assert top[token] == logprob
+    assert sorted(top.values(), reverse=True) == [-0.5 * (place + 1) for place in range(len(token_ids))]
+
+
 @pytest.mark.parametrize("lowest", [-math.inf, -10_000.0, -1e300])
 def test_no_log_probability_is_lower_than_json_can_say(lowest: float) -> None:
     impossible = PositionLogprobs([A, B], [lowest, -9998.5], [200, 1])
@@ -445,7 +487,14 @@ def test_all_is_told_as_by_vllm_itself(smollm2_tokenizer: Tokenizer) -> None:
         logprobs.extend(ours.generated(chosen(generated), of_generated))
         assert logprobs.tokens == answer.tokens
         assert logprobs.token_logprobs == answer.token_logprobs
-        assert logprobs.top_logprobs == answer.top_logprobs
+        every = [*of_prompt, *of_generated]
+        for our, their, position in zip(logprobs.top_logprobs, answer.top_logprobs, every, strict=True):
+            if our is None or their is None or len(our) == len(their):
+                assert our == their
+                continue
+            assert position is not None  # vLLM lost those that read like the last of them
+            assert list(our.values()) == [max(logprob, -9999.0) for logprob in position.logprobs[: top + 1]]
+            assert {name for name in our if not name.startswith(("bytes:", "token_id:"))} <= their.keys()
         assert logprobs.text_offset == answer.text_offset
 
     check()
