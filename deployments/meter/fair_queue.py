@@ -77,7 +77,7 @@ class FairQueue(Generic[Item]):
         """It waits no more; nothing happens if it does not."""
         queue = self._waiting.get(owner, deque())
         for number, (_, each) in enumerate(queue):
-            if each is item:
+            if each == item:
                 del queue[number]
                 self._left(owner)
                 return

@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple
 from tokenizers import Tokenizer
 
 from deployments.meter.errors import PromptTooLong, TokenizerUnavailable, TokenOutOfVocabulary
-from deployments.meter.token_bytes import bytes_per_token
+from deployments.meter.token_bytes import token_bytes
 from deployments.meter.tokenizer_lanes import TokenizerLanes
 
 __all__ = ["INLINE_SIZE", "PromptTokenizer", "Truncation"]
@@ -104,16 +104,16 @@ class _LoadedTokenizer:
         # id.
         last_added: int = max(self._tokenizer.get_added_tokens_decoder(), default=-1)
         self._vocabulary_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), last_added + 1)
-        self._bytes_per_token = bytes_per_token(file)
+        self._token_bytes = token_bytes(file)
 
     def check_lengths(self, prompts: list[str | list[int]], at_most: int) -> None:
         """Raises PromptTooLong for a text that makes more tokens, whatever they are."""
-        if self._bytes_per_token is None:
+        if self._token_bytes is None:
             return
         for prompt in prompts:
-            if isinstance(prompt, str) and 4 * len(prompt) > at_most * self._bytes_per_token:
-                # A surrogate, which no text from JSON has, is an error of `encode`, as it is of the tokenizer.
-                fewest = -(-len(prompt.encode()) // self._bytes_per_token)
+            # At most four bytes of UTF-8 are one character.
+            if isinstance(prompt, str) and 4 * len(prompt) > at_most * self._token_bytes.most:
+                fewest = self._token_bytes.fewest_tokens(prompt)
                 if fewest > at_most:
                     raise PromptTooLong(fewest, False)
 

@@ -39,6 +39,8 @@ class MemoryMeter:
         self.answering = asyncio.Event()
         """Calls wait for it."""
         self.answering.set()
+        self.slow: dict[str, asyncio.Event] = {}
+        """By request: admissions that wait for theirs."""
         self.calls: list[str] = []
         self.admissions: list[AdmissionRequest] = []
         self.batches: list[list[Settlement]] = []
@@ -71,6 +73,8 @@ class MemoryMeter:
         asked = unpack(request, AdmissionRequest)
         self.admissions.append(asked)
         await self._call("admit")
+        if (decided := self.slow.get(asked.request_id)) is not None:
+            await decided.wait()
         return pack(self.answer(asked))
 
     async def settle(self, settlements: bytes) -> None:

@@ -165,6 +165,36 @@ async def test_an_admission_that_cannot_be_decided_is_asked_for_again_and_holds_
         assert "secret" not in refused.value.message
 
 
+@in_virtual_time
+async def test_an_admission_that_takes_long_holds_up_no_other() -> None:
+    meter = MemoryMeter()
+    meter.answer = lambda asked: Admitted([[int(asked.request_id.removeprefix("cmpl-"))]])
+    meter.slow["cmpl-0"] = decided = asyncio.Event()
+    async with started(meter) as client:
+        slow, beside = (asyncio.create_task(client.admit(request(number))) for number in range(2))
+        assert await beside == Admitted([[1]])
+        assert await client.admit(request(2)) == Admitted([[2]])
+        assert now() < 0.1
+        assert not slow.done()
+        decided.set()
+        assert await slow == Admitted([[0]])
+
+
+@in_virtual_time
+async def test_an_admission_that_is_never_decided_ends_by_its_own_limit() -> None:
+    meter = MemoryMeter()
+    meter.answer = lambda _request: Admitted([[1]])
+    meter.slow["cmpl-0"] = asyncio.Event()
+    async with started(meter) as client:
+        slow = asyncio.create_task(client.admit(request(0)))
+        for number in range(1, 12):
+            await client.admit(request(number))
+            await asyncio.sleep(1.0)
+        with pytest.raises(ServiceUnavailable):
+            await slow
+        assert now() == pytest.approx(11.0, abs=0.1)
+
+
 @pytest.mark.parametrize("hangs", [False, True])
 def test_an_admission_is_refused_when_the_meter_stays_away(hangs: bool) -> None:
     @in_virtual_time
