@@ -107,14 +107,9 @@ class LoopPause(NamedTuple):
     pid: int
     at: float
     late_s: float
-    used_s: float
-    """CPU time of its process meanwhile."""
+    held_s: float
+    """What of it was its process's own doing (loop_probe/loop_beat.py)."""
     stacks: list[list[str]]
-
-    @property
-    def held_s(self) -> float:
-        """Of its own doing."""
-        return min(self.late_s, self.used_s)
 
 
 @dataclass
@@ -493,7 +488,7 @@ def loop_pauses(
         for line in file.read_text().splitlines()[1:]:
             told = json.loads(line)
             if told["at"] >= since:
-                turns.append(LoopPause(role, pid, told["at"], told["late_s"], told["used_s"], told["stacks"]))
+                turns.append(LoopPause(role, pid, told["at"], told["late_s"], told["held_s"], told["stacks"]))
     return turns, loops
 
 
