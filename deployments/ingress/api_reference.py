@@ -47,6 +47,9 @@ Bodies are JSON objects, declared as `content-type: application/json`. They are 
 - Null stands for the default.
 - Of a key that comes twice in an object the last one counts.
 - Invalid UTF-8 and lone surrogates are refused.
+- `prompt`, `suffix` and `tokens` may be as long as the body, with up to 1024 texts or arrays, or 262144 token ids. All
+  else has at most 128 KiB of JSON per parameter and 256 KiB together. A body has at most 65536 strings and 524288
+  backslashes: send text as UTF-8, not as `\\u732b`. Bodies of up to 64 KiB may have anything.
 """
 
 _PARAMETERS: Final = """\

@@ -6,29 +6,38 @@ extras; docs/api.md and the OpenAPI document are made from the fields below. Dia
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from deployments.contracts import PromptOptions, RepetitionDetection, Sampling, StructuredOutputs
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.parameter_types import (
+    MAX_MODEL_NAME,
+    AllowedTokenIds,
+    BadWords,
     ExtraArguments,
     JsonSchemaOrText,
     LogitBias,
+    LogprobTokenIds,
     NotServed,
     Prompts,
     Source,
     Stops,
-    TokenId,
+    StopTokenIds,
 )
-from deployments.ingress.request_body import INT32_MAX, Body, parse_body
+from deployments.ingress.request_body import INT32_MAX, MAX_PROMPTS, Body, parse_body
 from deployments.ingress.structured_outputs import ResponseFormat, StructuredOutputsOptions, json_constraint
 
 __all__ = ["CompletionRequest", "RepetitionDetectionOptions", "StreamOptions", "parse_completion_request"]
 
-_MAX_GENERATIONS = 1024
+_MAX_GENERATIONS = MAX_PROMPTS
 """Prompts times the choices generated for each."""
+
+_MAX_BAD_WORD_CHARACTERS: Final = 2048
+"""vLLM tokenizes them for each choice, at 2 to 5 us a character."""
+_MAX_REPEATED: Final = {"bad_words": 2048, "allowed_token_ids": 2**18, "logit_bias": 2**18}
+"""Entries times choices: what the engine is told of each choice."""
 
 _SMALLEST_TOP_P = 1e-9
 """Stands for 0, which OpenAI allows and vLLM does not: only the likeliest token is left."""
@@ -65,9 +74,10 @@ class RepetitionDetectionOptions(Body):
 
 
 class CompletionRequest(Body):
+    content = frozenset({"prompt", "suffix"})
     default_temperature: ClassVar[float] = 1.0
 
-    model: Annotated[str, Source("OpenAI; D1, D2, D3")]
+    model: Annotated[str, Field(max_length=MAX_MODEL_NAME), Source("OpenAI; D1, D2, D3")]
     """Name of the model, as `GET /v1/models` lists it."""
     prompt: Annotated[Prompts, Source("OpenAI; D1, D2, D3")]
     """What to complete: a text, texts, token ids, or lists of token ids. Each prompt gets `n` choices."""
@@ -93,16 +103,17 @@ class CompletionRequest(Body):
     echo: Annotated[bool | None, Source("OpenAI; D3")] = False
     """Puts the prompt before the text, and its log probabilities before those of the text."""
     stop: Annotated[Stops, Source("OpenAI; D1, D2, D3")] = ()
-    """Texts that end a choice; they are not part of its text."""
+    """Texts that end a choice; they are not part of its text. Each has 512 characters at most."""
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2), Source("OpenAI; D3")] = 0.0
     """Subtracted from the logits of tokens that the text has already."""
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2), Source("OpenAI; D3")] = 0.0
     """Subtracted from the logit of a token for each time that the text has it."""
     logit_bias: Annotated[LogitBias, _OPENAI] = None
-    """By token id: added to the token's logit, from -100 to 100."""
+    """By token id: added to the token's logit, from -100 to 100. Up to 1024 token ids; times the choices of all prompts
+    262144 at most."""
     seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1), Source("OpenAI; D1, D2")] = None
     """Repeats a sampling, as far as the engine's batches allow. Each further choice of a prompt counts it up by one."""
-    user: Annotated[str | None, _OPENAI] = None
+    user: Annotated[Annotated[str, Field(max_length=1024)] | None, _OPENAI] = None
     """Of no effect: whose tokens they are is told by the key."""
     top_k: Annotated[int | None, Field(ge=-1, le=INT32_MAX), Source("vLLM; D1")] = 0
     """Samples among so many of the likeliest tokens; 0 and -1 among all."""
@@ -112,7 +123,7 @@ class CompletionRequest(Body):
     """Divides the logits of tokens that prompt or text have already; below 1 it favours them."""
     min_tokens: Annotated[int | None, Field(ge=0, le=INT32_MAX), _VLLM] = 0
     """Tokens before which nothing ends a choice; at most `max_tokens`."""
-    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=128), _VLLM] = None
+    stop_token_ids: Annotated[StopTokenIds | None, _VLLM] = None
     """Tokens that end a choice; they are not part of its text."""
     ignore_eos: Annotated[bool | None, _VLLM] = False
     """The model's end of text does not end a choice."""
@@ -129,7 +140,7 @@ class CompletionRequest(Body):
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=20), _VLLM] = None
     """Choices tell the log probability of each token of the prompt, and of so many of the likeliest at its position.
     Not with `stream`."""
-    logprob_token_ids: Annotated[list[TokenId] | None, Field(min_length=1, max_length=128), _VLLM] = None
+    logprob_token_ids: Annotated[LogprobTokenIds | None, _VLLM] = None
     """`logprobs` tells these tokens at each generated position instead of the likeliest. Only with `logprobs`."""
     truncate_prompt_tokens: Annotated[int | None, Field(ge=-1, le=INT32_MAX), _VLLM] = None
     """Cuts longer prompts down to so many tokens; -1 to what the context has room for. Not 0."""
@@ -137,10 +148,11 @@ class CompletionRequest(Body):
     """Where they are cut: `left` (also when null) keeps the last tokens, `right` the first."""
     add_special_tokens: Annotated[bool | None, _VLLM] = True
     """Prompts get the special tokens that the model's tokenizer puts around a text."""
-    allowed_token_ids: Annotated[list[TokenId] | None, Field(min_length=1), _VLLM] = None
-    """Samples among these tokens only."""
-    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=128), _VLLM] = None
-    """Texts that are not generated."""
+    allowed_token_ids: Annotated[AllowedTokenIds | None, _VLLM] = None
+    """Samples among these tokens only. Times the choices of all prompts they are 262144 at most."""
+    bad_words: Annotated[BadWords | None, _VLLM] = None
+    """Texts that are not generated, of up to 128 characters each and 2048 together. Times the choices of all prompts
+    they are 2048 at most."""
     response_format: Annotated[ResponseFormat | None, _VLLM] = None
     """Form of the output, as in OpenAI's chat completions. Only one of this, `structured_outputs` and `guided_…`."""
     structured_outputs: Annotated[StructuredOutputsOptions | None, _VLLM] = None
@@ -164,7 +176,8 @@ class CompletionRequest(Body):
     stream_interval: Annotated[int | None, Field(ge=1, le=INT32_MAX), _VLLM] = None
     """Tokens in one chunk of a stream, but for its first and its last."""
     vllm_xargs: Annotated[ExtraArguments, _VLLM] = None
-    """For logits processors and plugins that the operator has installed in the engine."""
+    """For logits processors and plugins that the operator has installed in the engine. Up to 64 strings, numbers and
+    arrays of these, of 16384 characters together, where a number counts as eight."""
     session_id: Annotated[Annotated[str, Field(max_length=256)] | None, _VLLM] = None
     """Of no effect."""
     request_id: Annotated[Annotated[str, Field(max_length=256)] | None, _VLLM] = None
@@ -305,6 +318,18 @@ class CompletionRequest(Body):
                 f"{len(self.prompt)} prompts with {name}={self.candidates} make more than {_MAX_GENERATIONS} choices.",
                 param=name if self.candidates > 1 else "prompt",
             )
+        if (characters := sum(map(len, self.bad_words or ()))) > _MAX_BAD_WORD_CHARACTERS:
+            raise InvalidRequest(
+                f"bad_words have {characters} characters; expected at most {_MAX_BAD_WORD_CHARACTERS}.",
+                param="bad_words",
+            )
+        for name, most in _MAX_REPEATED.items():
+            entries, choices = len(getattr(self, name) or ()), len(self.prompt) * self.candidates
+            if entries * choices > most:
+                raise InvalidRequest(
+                    f"{name} has {entries} entries for each of {choices} choices; expected at most {most} in all.",
+                    param=name,
+                )
         if (self.min_tokens or 0) > self.tokens_per_choice:
             raise InvalidRequest(
                 f"min_tokens is {self.min_tokens}; expected at most max_tokens, {self.tokens_per_choice}.",

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from deployments.ingress.completion_request import CompletionRequest, parse_completion_request
 from deployments.ingress.errors import ApiError, ErrorAnswer, InvalidApiKey, InvalidRequest, ModelNotReady
-from deployments.ingress.parameter_types import Source, StopArray, StopsOfOneOrMore, TextPrompt
+from deployments.ingress.parameter_types import MAX_MODEL_NAME, Source, StopArray, StopsOfOneOrMore, TextPrompt
 from deployments.ingress.request_body import INT32_MAX
 
 __all__ = [
@@ -38,9 +38,14 @@ API_KEY_HEADER: Final = "x-llm-api-key"
 SCHEMA_PATH: Final = "/openai/schemas/Completion.json"
 
 
+_ModelName = Annotated[str, Field(max_length=MAX_MODEL_NAME)]
+
+
 class CompletionRequestD0(CompletionRequest):
     model: Annotated[
-        str, BeforeValidator(lambda name: "" if name is None else name, json_schema_input_type=str | None), Source("D0")
+        _ModelName,
+        BeforeValidator(lambda name: "" if name is None else name, json_schema_input_type=_ModelName | None),
+        Source("D0"),
     ] = ""
     """Name of the model, unless the query has it as `?model=`."""
 
@@ -120,6 +125,10 @@ class Dialect:
         request = parse_completion_request(body, self.body)
         if self.model_in_query:
             if query_model:
+                if len(query_model) > MAX_MODEL_NAME:
+                    raise InvalidRequest(
+                        f"Invalid value for 'model': expected at most {MAX_MODEL_NAME} characters.", param="model"
+                    )
                 return request.model_copy(update={"model": query_model})
             if not request.model:
                 raise InvalidRequest("Missing required parameter: 'model'.", param="model", kind="missing")

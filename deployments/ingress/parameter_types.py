@@ -18,26 +18,46 @@ from pydantic_core import CoreSchema, core_schema
 from deployments.ingress.request_body import INT32_MAX
 
 __all__ = [
+    "MAX_MODEL_NAME",
+    "AllowedTokenIds",
+    "BadWords",
     "ExtraArguments",
     "JsonSchema",
     "JsonSchemaOrText",
     "LogitBias",
+    "LogprobTokenIds",
     "NotServed",
     "Prompts",
     "Source",
     "StopArray",
+    "StopTokenIds",
     "Stops",
     "StopsOfOneOrMore",
     "TextPrompt",
     "TokenId",
+    "TokenIds",
     "json_without_nan",
 ]
 
+MAX_MODEL_NAME = 256
+"""Characters; those of cluster.yaml have 63 at most."""
+
 _MAX_STOPS = 4
+_MAX_STOP_CHARACTERS = 512
+"""Each token is matched against all of them."""
 _MAX_BIASED_TOKENS = 1024
 _MAX_EXTRA_ARGUMENTS = 64
+_MAX_EXTRA_CHARACTERS = 16_384
+"""Of names and texts; a number counts as eight."""
 
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+
+
+# Told of its first mistake only: an array of thousands would make thousands of errors.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+StopTokenIds = Annotated[TokenIds, Field(max_length=128)]
+LogprobTokenIds = Annotated[TokenIds, Field(min_length=1, max_length=128)]
+AllowedTokenIds = Annotated[TokenIds, Field(min_length=1, max_length=8192)]
 
 
 @dataclass(frozen=True)
@@ -77,7 +97,7 @@ def _text_prompt(value: Any) -> list[str | list[int]]:
     raise ValueError("expected a string")
 
 
-_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_TokenIds = Annotated[list[TokenId], Field(min_length=1)]  # in the schema only
 _PROMPT_SCHEMA = (
     str | Annotated[list[str], Field(min_length=1)] | _TokenIds | Annotated[list[_TokenIds], Field(min_length=1)]
 )
@@ -94,6 +114,8 @@ def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or len(stops) > _MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"expected a non-empty string or an array of up to {_MAX_STOPS} of them")
+    if any(len(stop) > _MAX_STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"expected strings of at most {_MAX_STOP_CHARACTERS} characters")
     return tuple(stops)
 
 
@@ -109,7 +131,7 @@ def _stops_of_one_or_more(value: Any) -> tuple[str, ...]:
     return _stop_array(value)
 
 
-_Stop = Annotated[str, Field(min_length=1)]
+_Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
 _StopArray = Annotated[list[_Stop], Field(max_length=_MAX_STOPS)]
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=_Stop | _StopArray | None)]
 StopArray = Annotated[tuple[str, ...], PlainValidator(_stop_array, json_schema_input_type=_StopArray | None)]
@@ -159,6 +181,15 @@ LogitBias = Annotated[
 ]
 
 
+_MAX_BAD_WORDS = 64
+_MAX_BAD_WORD_CHARACTERS = 128
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=_MAX_BAD_WORD_CHARACTERS)]],
+    Field(max_length=_MAX_BAD_WORDS, fail_fast=True),
+]
+"""vLLM makes up to two sequences of tokens of each, and takes 128 of these."""
+
+
 def _extra_arguments(value: Any) -> dict[str, Any] | None:
     if value is None or (
         isinstance(value, dict)
@@ -167,8 +198,15 @@ def _extra_arguments(value: Any) -> dict[str, Any] | None:
             all(map(_is_scalar, entry)) if isinstance(entry, list) else _is_scalar(entry) for entry in value.values()
         )
     ):
+        if value is not None and _extra_characters(value) > _MAX_EXTRA_CHARACTERS:
+            raise ValueError(f"expected at most {_MAX_EXTRA_CHARACTERS} characters in all, a number counted as eight")
         return value
     raise ValueError(f"expected an object of up to {_MAX_EXTRA_ARGUMENTS} strings, finite numbers, and arrays of these")
+
+
+def _extra_characters(arguments: dict[str, Any]) -> int:
+    values = [each for value in arguments.values() for each in (value if isinstance(value, list) else [value])]
+    return sum(map(len, arguments)) + sum(len(each) if isinstance(each, str) else 8 for each in values)
 
 
 def _is_scalar(value: Any) -> bool:

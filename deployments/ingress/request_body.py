@@ -1,18 +1,38 @@
-"""JSON bodies checked to the last key: what all their models have in common, and how a caller is told of a mistake."""
+"""JSON bodies checked to the last key: what all their models have in common, and how a caller is told of a mistake.
+
+Parsing holds the event loop, so a large body is looked at first, by what costs next to nothing: how many strings and
+escapes it has, and how long its parameters are. What is left to be parsed takes less than 50 ms:
+tests/deployments/ingress/test_request_body.py has the worst of it.
+"""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import ClassVar, Final, TypeVar
 
+import msgspec
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deployments.ingress.errors import InvalidRequest
 
-__all__ = ["INT32_MAX", "Body", "parse_body"]
+__all__ = ["INT32_MAX", "MAX_PROMPTS", "Body", "parse_body"]
 
 INT32_MAX = 2**31 - 1
 """What engines keep in 32 bits."""
+
+MAX_PROMPTS: Final = 1024
+"""Of one request."""
+
+_SMALL_BODY_BYTES: Final = 64 * 1024
+"""No body of this size takes long, whatever is in it."""
+_MAX_PARAMETER_BYTES: Final = 128 * 1024
+"""Of JSON, for each parameter that is no content."""
+_MAX_PARAMETERS_BYTES: Final = 256 * 1024
+"""For all of them together, with the whitespace between them."""
+_MAX_STRINGS: Final = 2**16
+_MAX_ESCAPES: Final = 2**19
+"""As in `\\n` and `\\u732b`."""
+_MAX_TOKEN_IDS: Final = 2**18
 
 _MAX_QUOTED = 200
 """Characters of what the caller wrote that a message repeats."""
@@ -25,6 +45,8 @@ class Body(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    content: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that may be as long as the body: texts, arrays of texts, token ids, or arrays of these."""
 
 
 B = TypeVar("B", bound=Body)
@@ -33,10 +55,84 @@ B = TypeVar("B", bound=Body)
 def parse_body(body: bytes, kind: type[B]) -> B:
     """Raises InvalidRequest that names the first wrong parameter and says what was expected. Of a key that comes twice
     the last one counts."""
+    if len(body) > _SMALL_BODY_BYTES:
+        _look_at(body, kind)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise _explained(error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def _look_at(body: bytes, kind: type[Body]) -> None:
+    """Raises InvalidRequest where parsing would take long."""
+    escapes, quotes = body.count(b"\\"), body.count(b'"')
+    if 0 < escapes <= _MAX_ESCAPES:
+        bare = body.replace(b"\\\\", b"")  # what is escaped now is no backslash
+        quotes -= bare.count(b'\\"')
+    if escapes > _MAX_ESCAPES:
+        raise InvalidRequest(
+            f"The body has {escapes} backslashes; expected at most {_MAX_ESCAPES}. Send text as UTF-8."
+        )
+    if quotes > 2 * _MAX_STRINGS:
+        raise InvalidRequest(f"The body has {quotes // 2} strings; expected at most {_MAX_STRINGS}.")
+    try:
+        parameters = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        raise InvalidRequest("The body must be a JSON object.", kind="model_type") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {_malformed(error)}.", kind="json_invalid") from None
+    known = {field.alias or name for name, field in kind.model_fields.items()}
+    rest = len(body)
+    for name, raw in parameters.items():
+        if name not in known:
+            raise _unknown((name[:_MAX_QUOTED],))
+        size = len(memoryview(raw))
+        if name in kind.content:
+            _look_at_content(name, bytes(raw))
+            rest -= size
+        elif size > _MAX_PARAMETER_BYTES:
+            raise _invalid(name, f"expected at most {_MAX_PARAMETER_BYTES} bytes of JSON; it has {size}")
+    if rest > _MAX_PARAMETERS_BYTES:
+        beside = f" beside {' and '.join(sorted(kind.content))}" if kind.content else ""
+        raise InvalidRequest(f"The body has {rest} bytes{beside}; expected at most {_MAX_PARAMETERS_BYTES}.")
+
+
+def _look_at_content(name: str, raw: bytes) -> None:
+    if not raw.startswith((b"[", b'"', b"null")):
+        raise _invalid(name, "expected a string or an array")
+    if raw.startswith(b"[") and b'"' in raw:
+        try:
+            texts = len(msgspec.json.decode(raw, type=list[str]))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise _invalid(name, "expected an array of strings, of token ids, or of arrays of token ids") from None
+        if texts > MAX_PROMPTS:
+            raise _invalid(name, f"expected at most {MAX_PROMPTS} strings; it has {texts}")
+    elif raw.startswith(b"["):
+        lists, values = raw.count(b"[") - 1, raw.count(b",") + 1
+        if values > _MAX_TOKEN_IDS:
+            raise _invalid(name, f"expected at most {_MAX_TOKEN_IDS} token ids; it has {values}")
+        if lists > MAX_PROMPTS:
+            raise _invalid(name, f"expected at most {MAX_PROMPTS} arrays; it has {lists}")
+
+
+def _unknown(location: tuple[str | int, ...]) -> InvalidRequest:
+    param = ".".join(map(str, location))
+    return InvalidRequest(
+        f"Unrecognized request argument supplied: {param}.", param=param, location=location, kind="extra_forbidden"
+    )
+
+
+def _invalid(name: str, expected: str) -> InvalidRequest:
+    return InvalidRequest(f"Invalid value for '{name}': {expected}.", param=name)
+
+
+def _malformed(error: Exception) -> str:
+    """In msgspec's words, which tell the place; nothing of the body is in them."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return str(error).removeprefix("JSON is malformed: ")
 
 
 _KINDS: dict[str, str] = {
@@ -60,10 +156,10 @@ def _explained(error: pydantic_core.ErrorDetails) -> InvalidRequest:
         return InvalidRequest(f"The body is not valid JSON: {context['error']}.", kind=kind)
     if not location:
         return InvalidRequest("The body must be a JSON object.", kind=kind)
+    if kind == "extra_forbidden":
+        return _unknown(location)
     if kind == "missing":
         message = f"Missing required parameter: '{param}'."
-    elif kind == "extra_forbidden":
-        message = f"Unrecognized request argument supplied: {param}."
     else:
         message = f"Invalid value for '{param}': {_expected(error)}."
     return InvalidRequest(message, param=param, location=location, kind=kind)

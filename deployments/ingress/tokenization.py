@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import msgspec
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
+from pydantic import Field
 
 from deployments.ingress.catalog import Catalog, ServedModel
 from deployments.ingress.errors import InvalidRequest
-from deployments.ingress.parameter_types import NotServed, TokenId
+from deployments.ingress.parameter_types import MAX_MODEL_NAME, NotServed, TokenIds
 from deployments.ingress.request_body import Body, parse_body
 
 __all__ = ["DetokenizeRequest", "Tokenization", "TokenizeRequest"]
@@ -25,8 +26,13 @@ _THREADS = 2
 _CHAT = "only a prompt can be tokenized, not a chat"
 
 
+_ModelName = Annotated[str, Field(max_length=MAX_MODEL_NAME)]
+
+
 class TokenizeRequest(Body):
-    model: str | None = None
+    content = frozenset({"prompt"})
+
+    model: _ModelName | None = None
     """Name of the model; may be left out where the server has only one."""
     prompt: str
     """The text."""
@@ -46,9 +52,11 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    model: str | None = None
+    content = frozenset({"tokens"})
+
+    model: _ModelName | None = None
     """Name of the model; may be left out where the server has only one."""
-    tokens: list[TokenId]
+    tokens: TokenIds
     """Token ids."""
 
 

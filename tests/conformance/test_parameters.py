@@ -65,7 +65,7 @@ def form(accepted: list[Any], refused: list[Any]) -> Range:
 
 
 RANGES: dict[str, Range] = {
-    "model": Range(["sim-a", "sim-b"], [None, *NO_STRINGS]),
+    "model": Range(["sim-a", "sim-b"], [None, "x" * 257, *NO_STRINGS]),
     "prompt": Range(
         ["x", ["x"], ["x"] * 8, [0], [LAST_TOKEN], [[0, LAST_TOKEN]], [[1], [2], [3, 4]]],
         [None, "", [""], [], [[]], [-1], [LAST_TOKEN + 1], [[1], []], ["x", 1], 1, True, {}],
@@ -90,8 +90,8 @@ RANGES: dict[str, Range] = {
     "logprobs": integer(0, 5),
     "echo": flag(),
     "stop": Range(
-        ["x", [], ["x"], ["1", "2", "3", "4"], "\U0001f389", "\x00", "x" * 10_000],
-        ["", [""], ["x", ""], ["1", "2", "3", "4", "5"], 1, [1], [["x"]], [None], {}, True],
+        ["x", [], ["x"], ["1", "2", "3", "4"], "\U0001f389", "\x00", "x" * 512],
+        ["", [""], "x" * 513, ["x", ""], ["1", "2", "3", "4", "5"], 1, [1], [["x"]], [None], {}, True],
     ),
     "presence_penalty": number(-2, 2),
     "frequency_penalty": number(-2, 2),
@@ -113,7 +113,7 @@ RANGES: dict[str, Range] = {
         ],
     ),
     "seed": integer(-INT64 - 1, INT64),
-    "user": Range(["", "somebody", "x" * 10_000], NO_STRINGS),
+    "user": Range(["", "somebody", "x" * 1024], ["x" * 1025, *NO_STRINGS]),
     "top_k": integer(-1, INT32),
     "min_p": number(0, 1),
     "repetition_penalty": Range([1e-6, 1, 2], [0, -1, 2.01, 10**30, *NO_NUMBERS]),
@@ -137,9 +137,13 @@ RANGES: dict[str, Range] = {
     "truncation_side": Range(["left", "right"], ["", "middle", "LEFT", 1, True, []]),
     "add_special_tokens": flag(),
     "allowed_token_ids": Range(
-        [[0], [LAST_TOKEN], list(range(2000))], [[], [-1], [LAST_TOKEN + 1], [INT32 + 1], ["1"], [1.5], 1, {}]
+        [[0], [LAST_TOKEN], list(range(8192))],
+        [[], list(range(8193)), [-1], [LAST_TOKEN + 1], [INT32 + 1], ["1"], [1.5], 1, {}],
     ),
-    "bad_words": Range([[], ["x"], ["x"] * 128], [[""], ["x"] * 129, ["x", 1], "x", 1, {}]),
+    "bad_words": Range(
+        [[], ["x"], ["x"] * 64, ["x" * 128] * 16],
+        [[""], ["x"] * 65, ["x" * 129], ["x" * 1_800_000], ["x" * 128] * 17, ["x", 1], "x", 1, {}],
+    ),
     "response_format": form(
         [
             {"type": "text"},
@@ -231,6 +235,7 @@ RANGES: dict[str, Range] = {
     "vllm_xargs": Range(
         [{}, {"a": "x", "b": 1, "c": 0.5, "d": ["x", 1, -0.5], "e": []}, {str(number): number for number in range(64)}],
         [
+            {"a": "x" * 16_384},
             {"a": {}},
             {"a": None},
             {"a": True},

@@ -288,20 +288,21 @@ def test_seeds_that_count_up_stay_in_64_bits(seed: int) -> None:
         ("repetition_penalty", [1e-9, 2]),
         ("min_tokens", [0, 16]),
         ("stop_token_ids", [[], [0], [2**31 - 1] * 128]),
-        ("user", ["", "x" * 10_000]),
+        ("model", ["m", "x" * 256]),
+        ("user", ["", "x" * 1024]),
         ("suffix", ["", "\n"]),
         ("logprobs", [0, 5]),
         ("prompt_logprobs", [0, 20]),
         ("best_of", [1, 128]),
         ("truncate_prompt_tokens", [-1, 1, 2**31 - 1]),
         ("truncation_side", ["left", "right"]),
-        ("allowed_token_ids", [[0], [2**31 - 1] * 500]),
-        ("bad_words", [[], ["a"] * 128]),
+        ("allowed_token_ids", [[0], [2**31 - 1] * 2048]),
+        ("bad_words", [[], ["a"] * 64, ["a" * 128] * 16]),
         ("thinking_token_budget", [-1, 0, 2**31 - 1]),
         ("priority", [-(2**31), 2**31 - 1]),
         ("cache_salt", ["s", "s" * 128]),
         ("stream_interval", [1, 2**31 - 1]),
-        ("vllm_xargs", [{}, {"a": [], "b": 2**63 - 1, "c": -(2**63)}]),
+        ("vllm_xargs", [{}, {"a": [], "b": 2**63 - 1, "c": -(2**63)}, {"a": "x" * 16_383}]),
     ],
 )
 def test_the_ends_of_each_range_belong_to_it(name: str, values: list[Any]) -> None:
@@ -475,7 +476,15 @@ ONE_KIND = "expected exactly one of json, regex, choice, grammar, json_object, s
             )
         ],
         ("bad_words", '"a"', "expected an array."),
-        ("bad_words", json.dumps(["a"] * 129), "expected an array of at most 128."),
+        ("bad_words", json.dumps(["a"] * 65), "expected an array of at most 64."),
+        ("allowed_token_ids", json.dumps([1] * 8193), "expected an array of at most 8192."),
+        ("model", json.dumps("x" * 257), "expected at most 256 characters."),
+        ("user", json.dumps("x" * 1025), "expected at most 1024 characters."),
+        ("stop", json.dumps(["a", "x" * 513]), "expected strings of at most 512 characters."),
+        *(
+            ("vllm_xargs", json.dumps(extra), "expected at most 16384 characters in all, a number counted as eight.")
+            for extra in ({"a": "x" * 16_384}, {"x" * 16_385: ""}, {"a": [1] * 2048}, {"a": [0.5, "x" * 16_380]})
+        ),
         ("allowed_token_ids", "[]", "expected an array of at least 1."),
         ("logprob_token_ids", "[]", "expected an array of at least 1."),
         ("logprob_token_ids", json.dumps([1] * 129), "expected an array of at most 128."),
@@ -665,7 +674,7 @@ def test_a_body_that_is_no_object(body: bytes) -> None:
         rb'{"model":"m","prompt":"\ud800"}',
         rb'{"model":"m","prompt":"\udc00x"}',
         rb'{"model":"m","prompt":"p","\ud800":1}',
-        b'{"model":"m","prompt":"p","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model":"m","prompt":"p","x":' + b"[" * 10_000 + b"]" * 10_000 + b"}",
         b'{"model":"m","prompt":"p","max_tokens":' + b"9" * 5000 + b"}",
         b'{"model":"m","prompt":"p","max_tokens":01}',
     ],
@@ -677,6 +686,34 @@ def test_a_body_that_is_no_json_is_told_where(body: bytes) -> None:
     assert error.message.startswith("The body is not valid JSON: ")
     assert " at line 1 column " in error.message
     assert len(error.message) < 150
+
+
+def test_a_mistake_within_bad_words_is_located() -> None:
+    error = refused(json.dumps({"model": "m", "prompt": "p", "bad_words": ["a", "x" * 1_000]}).encode())
+    assert (error.param, error.message) == (
+        "bad_words.1",
+        "Invalid value for 'bad_words.1': expected at most 128 characters.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"bad_words": ["x" * 128] * 17}, "bad_words", "2176 characters; expected at most 2048"),
+        ({"bad_words": ["x"] * 64, "n": 33}, "bad_words", "64 entries for each of 33 choices; expected at most 2048"),
+        ({"bad_words": ["x"] * 3, "prompt": ["p"] * 100, "n": 7}, "bad_words", "each of 700 choices"),
+        (
+            {"allowed_token_ids": [1] * 8192, "n": 33},
+            "allowed_token_ids",
+            "33 choices; expected at most 262144",
+        ),
+        ({"logit_bias": {str(token): 1 for token in range(1024)}, "prompt": ["p"] * 257}, "logit_bias", "257 choices"),
+    ],
+)
+def test_what_is_told_the_engine_of_each_choice_is_bounded(fields: dict[str, Any], param: str, words: str) -> None:
+    error = refused(json.dumps({"model": "m", "prompt": "p", **fields}).encode())
+    assert error.param == param
+    assert words in error.message
 
 
 def test_of_a_key_given_twice_the_last_counts() -> None:
