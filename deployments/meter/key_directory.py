@@ -18,7 +18,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 import structlog
 
 from deployments.contracts import KeyInfo, KeyRecord, Limits, TeamRecord
-from deployments.meter.errors import LedgerUnavailable, MeterClosed, MeterError
+from deployments.meter.errors import LedgerUnavailable, MeterBusy, MeterClosed, MeterError
 from deployments.meter.key_store import KeyEntry, KeysChanged, KeyStore
 from deployments.meter.keys import key_digest
 
@@ -35,6 +35,8 @@ _DISTANCE_S: Final = 0.05
 _READ_LIMIT_S: Final = 5.0
 _WRONG_KEY_DELAY_S: Final = 0.25
 _MAX_DELAYED: Final = 1000
+_MAX_LOOKED_FOR: Final = 4096
+"""Unknown keys at a time, also behind a slow database: fewer than make a meter read no more (meter_connection.py)."""
 
 _NO_KEY: Final = key_digest("")
 """Sent for a caller without a key, to learn whether one is required: nothing was guessed."""
@@ -82,6 +84,7 @@ class KeyDirectory:
         self._by_id: dict[str, KeyEntry] = {}
         self._teams: dict[str, TeamRecord] = {}
         self._delayed = 0
+        self._looked_for = 0
         self._reading = asyncio.Lock()
         self._next_read: asyncio.Task[None] | None = None
         self._reads: set[asyncio.Task[None]] = set()
@@ -99,7 +102,7 @@ class KeyDirectory:
     async def authenticate(self, digest: bytes) -> KeyInfo | None:
         """Whose key has this SHA-256; None, after a moment, for a key that is unknown, revoked or expired.
 
-        Raises LedgerUnavailable when that cannot be told.
+        Raises LedgerUnavailable when that cannot be told, MeterBusy when too many unknown keys are looked for.
         """
         if hmac.compare_digest(digest, self._admin_digest):
             return _info(_ADMIN, admin=True)
@@ -109,7 +112,7 @@ class KeyDirectory:
             return None
         entry = self._live(self._by_digest.get(digest))
         if entry is None:
-            await self.refresh()
+            await self._look_for()
             entry = self._live(self._by_digest.get(digest))
         # The dictionary finds it by a randomized hash of a SHA-256: how long that takes tells nothing of a key. Whether
         # it is the right one is decided in a time that does not depend on where the two differ.
@@ -159,6 +162,16 @@ class KeyDirectory:
             await asyncio.wait(tasks)
 
     # --- internals ---------------------------------------------------------------------------------------------------
+
+    async def _look_for(self) -> None:
+        """`refresh`, for a stranger."""
+        if self._looked_for >= _MAX_LOOKED_FOR:
+            raise MeterBusy("unknown keys", _MAX_LOOKED_FOR)
+        self._looked_for += 1
+        try:
+            await self.refresh()
+        finally:
+            self._looked_for -= 1
 
     async def _read(self) -> None:
         async with self._reading:

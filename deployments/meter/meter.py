@@ -123,8 +123,8 @@ class Meter:
         )
         self._admission = Admission(self._keys, self._catalogue, self._book, self._reservations, self._clock)
         self._refusal_rows = RefusalRows(self._ledger) if settings.record_refusals else None
-        self._journaled: asyncio.Future[None] | None = None
-        """Done once what this turn of the event loop has decided is in the journal."""
+        self._unjournaled: list[asyncio.Future[None]] = []
+        """Who waits until what this turn of the event loop has decided is in the journal."""
         self._unchecked: list[str] | None = []
         """Reservations of an earlier process that may be recorded already; None once that is known."""
         self._sweeper: asyncio.Task[None] | None = None
@@ -168,7 +168,7 @@ class Meter:
             answer = AdmissionRefused("unavailable", str(error))
         else:
             self._count(request, answer, time.perf_counter() - began_s)
-        await asyncio.shield(self._journaled or self._journal_soon())
+        await self._journaled()
         return answer
 
     async def settle(self, settlements: list[Settlement]) -> None:
@@ -267,21 +267,29 @@ class Meter:
         if self._refusal_rows is not None:
             self._refusal_rows.put(request, self._clock())
 
-    def _journal_soon(self) -> asyncio.Future[None]:
-        """One write for all that is decided in this turn of the event loop."""
+    def _journaled(self) -> asyncio.Future[None]:
+        """Done once what was decided is in the journal: one write for all of this turn of the event loop."""
         loop = asyncio.get_running_loop()
-        self._journaled = loop.create_future()
-        loop.call_soon(self._journal_now, self._journaled)
-        return self._journaled
+        if not self._unjournaled:
+            loop.call_soon(self._journal_now)
+        journaled: asyncio.Future[None] = loop.create_future()
+        self._unjournaled.append(journaled)
+        return journaled
 
-    def _journal_now(self, journaled: asyncio.Future[None]) -> None:
-        self._journaled = None
+    def _journal_now(self) -> None:
+        waiting, self._unjournaled = self._unjournaled, []
+        failure: Exception | None = None
         try:
             self._reservations.flush(self._clock())
         except Exception as error:  # all who wait raise it
-            journaled.set_exception(error)
-        else:
-            journaled.set_result(None)
+            failure = error
+        for journaled in waiting:
+            if journaled.done():
+                continue  # whoever waited is gone
+            if failure is None:
+                journaled.set_result(None)
+            else:
+                journaled.set_exception(failure)
 
     # --- what an earlier process, and others, have left -------------------------------------------------------------
 

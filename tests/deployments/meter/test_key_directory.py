@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from deployments.contracts import KeyChanges, KeyDraft, KeyInfo, Limits
 from deployments.meter import key_directory
 from deployments.meter.database import open_database
-from deployments.meter.errors import LedgerUnavailable, MeterClosed
+from deployments.meter.errors import LedgerUnavailable, MeterBusy, MeterClosed
 from deployments.meter.key_directory import KeyDirectory
 from deployments.meter.key_store import KeyStore
 from deployments.meter.keys import key_digest
@@ -204,6 +204,25 @@ async def test_a_flood_of_wrong_keys_reaches_neither_database_nor_memory(
         delayed = sum(waited >= 0.25 for waited in answered)
         assert 100 <= delayed <= 100 * (seconds / 0.25 + 1)
         assert len(answered) - delayed > 1000
+
+
+@in_virtual_time
+async def test_unknown_keys_do_not_pile_up_behind_a_slow_database(
+    store: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_directory, "_MAX_LOOKED_FOR", 3)
+    _, secret = store.create(KeyDraft("k"))
+    database = Database(store)
+    async with database.directory() as directory:
+        database.answering.clear()
+        looking = [asyncio.create_task(directory.authenticate(key_digest(f"sk-{number}"))) for number in range(3)]
+        await quiet()
+        with pytest.raises(MeterBusy):
+            await directory.authenticate(key_digest("sk-wrong"))
+        assert await directory.authenticate(key_digest(secret)) is not None
+        database.answering.set()
+        assert await asyncio.gather(*looking) == [None] * 3
+        assert await directory.authenticate(key_digest("sk-wrong")) is None
 
 
 @in_virtual_time

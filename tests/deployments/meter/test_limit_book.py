@@ -123,6 +123,29 @@ async def test_who_asks_while_others_are_loaded_does_not_hold_them_up(book: Limi
         await second
 
 
+async def test_an_owner_whose_usage_is_not_told_is_nobody_elses_failure(
+    book: LimitBook, ledger: MemoryLedger, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limit_book, "_READ_LIMIT_S", 0.05)
+    keys = [f"key-{number}" for number in range(30)]
+    for key_id in keys:
+        book.states(key_id, None)[0].limits = LIMITS
+    ledger.never = "key-3"
+    outcomes = await asyncio.gather(*(book.load(key_id, None) for key_id in keys), return_exceptions=True)
+    assert [number for number, outcome in enumerate(outcomes) if outcome is not None] == [3]
+    assert isinstance(outcomes[3], LedgerUnavailable)
+    loaded = [not book.states(key_id, None)[0].unloaded(clock.now) for key_id in keys]
+    assert loaded == [number != 3 for number in range(30)]
+
+
+async def test_keys_of_one_team_share_the_reading_of_its_usage(book: LimitBook, ledger: MemoryLedger) -> None:
+    for key_id in ("key-1", "key-2"):
+        for state in book.states(key_id, "mill"):
+            state.limits = LIMITS
+    await asyncio.gather(*(book.load(key_id, "mill") for key_id in ("key-1", "key-2")))
+    assert sorted(asked.split()[0] for asked in ledger.asked) == ["key-1"] * 2 + ["key-2"] * 2 + ["mill"] * 2
+
+
 async def test_a_failure_is_told_to_all_who_wait_and_not_kept(book: LimitBook, ledger: MemoryLedger) -> None:
     ledger.error = LedgerUnavailable("away")
     outcomes = await asyncio.gather(*(book.load("key-1", "mill") for _ in range(3)), return_exceptions=True)
