@@ -26,6 +26,11 @@ __all__ = [
     "AdmissionRefused",
     "AdmissionRequest",
     "Admitted",
+    "CheckedConstraint",
+    "CheckedOutputs",
+    "Constraint",
+    "ConstraintCheck",
+    "ConstraintKind",
     "CreateKey",
     "DurationHistogram",
     "DurationSum",
@@ -43,6 +48,8 @@ __all__ = [
     "ListKeys",
     "ListTeams",
     "MeterCounters",
+    "Output",
+    "OutputCheck",
     "PoolCounters",
     "PositionLogprobs",
     "PromptOptions",
@@ -57,7 +64,6 @@ __all__ = [
     "Settlement",
     "SettlementStatus",
     "Sibling",
-    "StructuredOutputs",
     "Submission",
     "TeamRecord",
     "TokenDelta",
@@ -93,21 +99,6 @@ def unpack_admission(data: bytes) -> Admitted | AdmissionRefused:
 
 
 # --- ingress -> engine replica -----------------------------------------------------------------------------------
-
-
-class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the output must conform to: exactly one of the first six, named as in vLLM's StructuredOutputsParams."""
-
-    json: str | None = None
-    """A JSON schema, as text."""
-    regex: str | None = None
-    choice: tuple[str, ...] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    structural_tag: str | None = None
-    disable_any_whitespace: bool = False
-    disable_additional_properties: bool = False
-    whitespace_pattern: str | None = None
 
 
 class RepetitionDetection(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -147,7 +138,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
-    structured_outputs: StructuredOutputs | None = None
+    grammar: str | None = None
+    """What the output must conform to, as a grammar in llguidance's Lark syntax. Its state within the answer is the
+    engine's, so another replica cannot go on with it."""
     repetition_detection: RepetitionDetection | None = None
     thinking_token_budget: int | None = None
     stream_interval: int | None = None
@@ -275,6 +268,64 @@ class EngineStep(msgspec.Struct, frozen=True, array_like=True):
     """Generations for which the queue has no room, since the message before."""
 
 
+# --- ingress <-> its checkers of constraints (deployments/ingress/constraint_worker.py) ------------------------------
+
+ConstraintKind = Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
+
+
+class Constraint(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a caller asks of the form of the output, in the caller's words."""
+
+    kind: ConstraintKind
+    text: str
+    """The schema, the labels or the tags as JSON; the regular expression or the grammar as it is."""
+    any_whitespace: bool = True
+    """Between the tokens of JSON."""
+    whitespace_pattern: str | None = None
+    closed: bool = False
+    """Objects have no properties beside those of their schema."""
+
+
+class ConstraintCheck(msgspec.Struct, frozen=True, omit_defaults=True, tag="constraint"):
+    """Is there output that conforms, and with these tokens?"""
+
+    folder: str
+    """Of the model."""
+    constraint: Constraint
+    min_tokens: int = 0
+    allowed_token_ids: tuple[int, ...] | None = None
+    banned_token_ids: tuple[int, ...] = ()
+    """By a bias of -100."""
+    bad_words: tuple[str, ...] = ()
+
+
+class CheckedConstraint(msgspec.Struct, frozen=True, omit_defaults=True, tag="constraint"):
+    grammar: str = ""
+    """Empty where it is refused."""
+    message: str = ""
+    """Why, in words for the caller."""
+    param: str | None = None
+    """The other parameter that contradicts the constraint, if it is one."""
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    token_ids: list[int]
+    ended: bool
+    """The model's end of text, which is not among the tokens, follows: the whole conforms, or else a beginning."""
+
+
+class OutputCheck(msgspec.Struct, frozen=True, tag="outputs"):
+    """Do these conform?"""
+
+    folder: str
+    grammar: str
+    outputs: list[Output]
+
+
+class CheckedOutputs(msgspec.Struct, frozen=True, tag="outputs"):
+    conforming: list[bool]
+
+
 # --- ingress -> meter ------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +431,7 @@ class AdmissionRefused(msgspec.Struct, frozen=True, tag="refused", omit_defaults
     code: Literal[
         "context_length_exceeded",
         "empty_prompt",
+        "too_many_prompt_tokens",
         "token_out_of_vocabulary",
         "model_not_found",
         "invalid_api_key",

@@ -28,6 +28,7 @@ from deployments.contracts import Admitted, KeyInfo, PositionLogprobs, TokenDelt
 from deployments.ingress.catalog import CatalogEntry, ServedModel
 from deployments.ingress.completion import Completion
 from deployments.ingress.completion_response import CompletionResponse
+from deployments.ingress.constraint_checker import ConstraintChecker
 from deployments.ingress.dialect import D1, D3, Dialect
 from deployments.ingress.engine_pool import EnginePool, PoolLimits
 from deployments.ingress.generation import Generation
@@ -123,7 +124,7 @@ def _served(folder: Path, pool: _Pool) -> ServedModel:
 async def _serve(body: bytes, dialect: Dialect, model: ServedModel, meter: _Meter) -> None:
     """What app.py's route does."""
     request = dialect.parse(body, None)
-    completion = Completion(request, model, KeyInfo("id", "name", False), cast(MeterClient, meter))
+    completion = Completion(request, model, KeyInfo("id", "name", False), cast(MeterClient, meter), ConstraintChecker())
     await completion.admit()
     response = CompletionResponse(
         completion, keep_alive_s=15.0, answer_error=dialect.answer, extras=dialect.extras("http://localhost")

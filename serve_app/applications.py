@@ -180,6 +180,7 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
             "fingerprint": fingerprint(model),
             "priority_scheduling": isinstance(model.engine, VllmEngineConfig)
             and model.engine.scheduling_policy == "priority",
+            "verifies_outputs": isinstance(model.engine, VllmEngineConfig),
             "infilling": None if model.infilling is None else model.infilling.model_dump(),
             "limits": {
                 "hold_timeout_s": model.hold_timeout_s,

@@ -70,6 +70,7 @@ class VllmEngine:
         # Replicas that share a machine must not all bind their threads to the same cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import AsyncEngineArgs, AsyncLLMEngine
+        from vllm.config import StructuredOutputsConfig
 
         from deployments.engine._vllm_executor import executor_for
         from deployments.engine._vllm_stats import EngineGauge, stat_loggers
@@ -88,6 +89,9 @@ class VllmEngine:
             enforce_eager=settings.enforce_eager,
             enable_prefix_caching=settings.enable_prefix_caching,
             scheduling_policy=settings.scheduling_policy,
+            # The ingress checks constraints with llguidance and hands on its grammars (ingress/constraint_grammar.py).
+            # Left to itself vLLM chooses by the first request, and holds later ones by what that happened to be.
+            structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
             disable_log_stats=True,
         )
         gauge = EngineGauge(self.step_times)
@@ -203,7 +207,7 @@ def _sampling_params(sampling: Sampling) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
-    constraint, detection = sampling.structured_outputs, sampling.repetition_detection
+    detection = sampling.repetition_detection
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
@@ -224,13 +228,8 @@ def _sampling_params(sampling: Sampling) -> Any:
         allowed_token_ids=None if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids),
         bad_words=list(sampling.bad_words),
         structured_outputs=None
-        if constraint is None
-        else StructuredOutputsParams(
-            **{
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in msgspec.structs.asdict(constraint).items()
-            }
-        ),
+        if sampling.grammar is None
+        else StructuredOutputsParams(grammar=sampling.grammar),
         repetition_detection=None
         if detection is None
         else RepetitionDetectionParams(**msgspec.structs.asdict(detection)),

@@ -98,6 +98,7 @@ def build_app(
                     catalog.find(parsed.model),
                     key,
                     meter,
+                    catalog.constraints,
                     dialect=dialect.name,
                     caller_request_id=request.state.request_id,
                 )

@@ -17,6 +17,7 @@ import structlog
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
+from deployments.ingress.constraint_checker import ConstraintChecker
 from deployments.ingress.engine_pool import EnginePool, PoolLimits
 from deployments.ingress.errors import ModelNotFound
 from deployments.ingress.logprobs import TokenTexts
@@ -53,6 +54,9 @@ class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
     fingerprint: str
     """Of all that shapes what the model answers: `system_fingerprint` on the wire."""
     priority_scheduling: bool = False
+    verifies_outputs: bool = True
+    """Whether what its engines make in a required form is checked at its end. Not where they are simulated: those make
+    filler, whatever is asked."""
     infilling: Infilling | None = None
     limits: PoolLimits
     min_replicas: int = 1
@@ -81,6 +85,8 @@ class Catalog:
         """`existing` tells which of the named applications Serve has; `open_pool` starts following one's replicas."""
         self._existing = existing
         self._open_pool = open_pool
+        self.constraints = ConstraintChecker()
+        """Of all models."""
         self._entries: dict[str, CatalogEntry] = {}
         self._served: dict[str, ServedModel] = {}
         self._retired: list[EnginePool] = []
@@ -152,6 +158,7 @@ class Catalog:
             await asyncio.wait(self._tasks)
         for pool in self._pools():
             await pool.close()
+        await self.constraints.close()
 
     def _pools(self) -> list[EnginePool]:
         self._retired = [pool for pool in self._retired if not pool.empty]

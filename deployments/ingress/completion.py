@@ -20,7 +20,10 @@ from deployments.contracts import (
     Account,
     AdmissionRequest,
     Admitted,
+    ConstraintCheck,
     KeyInfo,
+    Output,
+    OutputCheck,
     RateLimits,
     Settlement,
     SettlementStatus,
@@ -28,7 +31,14 @@ from deployments.contracts import (
 )
 from deployments.ingress.catalog import ServedModel
 from deployments.ingress.completion_request import CompletionRequest
-from deployments.ingress.errors import ApiError, InternalError, InvalidRequest, ServiceUnavailable
+from deployments.ingress.constraint_checker import ConstraintChecker
+from deployments.ingress.errors import (
+    ApiError,
+    InternalError,
+    InvalidRequest,
+    OutputNotConforming,
+    ServiceUnavailable,
+)
 from deployments.ingress.generation import Generation, Mailbox, News
 from deployments.ingress.logprobs import LogprobsWriter, prompt_logprobs_fields
 from deployments.ingress.meter_client import MeterClient
@@ -70,6 +80,7 @@ class Completion:
         model: ServedModel,
         key: KeyInfo,
         meter: MeterClient,
+        constraints: ConstraintChecker,
         *,
         dialect: str = "D3",
         caller_request_id: str | None = None,
@@ -81,6 +92,9 @@ class Completion:
         self.model = model
         self._key = key
         self._meter = meter
+        self._constraints = constraints
+        self._grammar: str | None = None
+        """What the output conforms to, where something was asked of it."""
         self._dialect = dialect
         self._caller_request_id = caller_request_id
         self._started_at = time.time()
@@ -105,6 +119,7 @@ class Completion:
         self._check_model_can()
         if self._meter.full:
             raise ServiceUnavailable("Usage cannot be recorded at the moment.", retry_after_s=5.0)
+        self._grammar = await self._checked_constraint()
         try:
             self._admitted = await self._meter.admit(
                 AdmissionRequest(
@@ -129,6 +144,31 @@ class Completion:
             self.settle("cancelled" if isinstance(error, asyncio.CancelledError) else "failed")
             raise
         self._prompts = self._admitted.token_ids
+
+    async def _checked_constraint(self) -> str | None:
+        """The constraint as a grammar. Raises InvalidRequest where no output conforms, ServiceUnavailable."""
+        request, given = self.request, self.request.constraint()
+        if given is None:
+            return None
+        checked = await self._constraints.check(
+            self._key.owner,
+            ConstraintCheck(
+                str(self.model.entry.folder),
+                given.constraint,
+                min_tokens=request.min_tokens or 0,
+                allowed_token_ids=tuple(request.allowed_token_ids) if request.allowed_token_ids else None,
+                banned_token_ids=tuple(
+                    sorted(token for token, bias in (request.logit_bias or {}).items() if bias <= -100)
+                ),
+                bad_words=tuple(request.bad_words or ()),
+            ),
+        )
+        if not checked.grammar:
+            param = checked.param or given.param
+            raise InvalidRequest(
+                f"Invalid value for '{given.param}': {checked.message}", param=param, location=tuple(param.split("."))
+            )
+        return checked.grammar
 
     @property
     def rate_limits(self) -> RateLimits | None:
@@ -195,7 +235,12 @@ class Completion:
                     await asyncio.sleep(0)
                     turn_ends = time.perf_counter() + _TURN_S
                 generation = Generation(
-                    account, meter, len(self._candidates), prompt, request.sampling(number), self._mailbox
+                    account,
+                    meter,
+                    len(self._candidates),
+                    prompt,
+                    request.sampling(number, self._grammar),
+                    self._mailbox,
                 )
                 text = TextStream(
                     self.model.tokenizer,
@@ -246,6 +291,7 @@ class Completion:
         if self._gone:
             raise ClientGone
         deltas: list[ChoiceDelta] = []
+        ended: list[Output] = []
         timed = False
         turn_ends = time.perf_counter() + _TURN_S
         for place, (number, delta, error) in enumerate(news):
@@ -261,6 +307,8 @@ class Completion:
                 # vLLM seldom names the parameter when it cannot make a grammar of it.
                 raise InvalidRequest(delta.message, param=delta.param or next(iter(self.request.constraining), None))
             if delta.finish_reason == "failed":
+                if self._grammar is not None and not delta.message:  # a token was sampled that the grammar forbids
+                    raise self._not_conforming()
                 raise InternalError
             if delta.token_ids and not timed:
                 timed = True  # once for all that came since the last call: it would cost too much for each token
@@ -269,7 +317,28 @@ class Completion:
             if gained is not None:
                 candidate.told = True
                 deltas.append(gained)
+            if candidate.ended and self._grammar is not None:
+                ended.append(Output(candidate.generation.tokens, delta.finish_reason == "end_of_text"))
+        if ended and self._grammar is not None:
+            await self._check_outputs(self._grammar, ended)
         return deltas
+
+    async def _check_outputs(self, grammar: str, outputs: list[Output]) -> None:
+        """Before the client is told that they have ended: where vLLM's matcher gives up, or no token is left, it ends
+        the text without a word. Raises OutputNotConforming, ServiceUnavailable."""
+        if self.request.tokens_per_choice == 0 or not self.model.entry.verifies_outputs:
+            return
+        check = OutputCheck(
+            str(self.model.entry.folder),
+            grammar,
+            [Output(each.token_ids[:-1], True) if each.ended else each for each in outputs],
+        )
+        if not all(await self._constraints.conforming(self._key.owner, check)):
+            log.warning("output not conforming", completion=self.id)
+            raise self._not_conforming()
+
+    def _not_conforming(self) -> OutputNotConforming:
+        return OutputNotConforming(next(iter(self.request.constraining), "the constraint"))
 
     def _tokens_came(self) -> None:
         now = time.perf_counter()

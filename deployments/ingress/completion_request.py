@@ -6,18 +6,28 @@ extras; docs/api.md and the OpenAPI document are made from the fields below. Dia
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from deployments.contracts import PromptOptions, RepetitionDetection, Sampling, StructuredOutputs
+from deployments.contracts import Constraint, PromptOptions, RepetitionDetection, Sampling
+from deployments.ingress.constraint import (
+    MAX_CONSTRAINT_BYTES,
+    ConstraintText,
+    GivenConstraint,
+    JsonSchemaOrText,
+    Labels,
+    ResponseFormat,
+    StructuredOutputsOptions,
+    json_constraint,
+)
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.parameter_types import (
     MAX_MODEL_NAME,
     AllowedTokenIds,
     BadWords,
     ExtraArguments,
-    JsonSchemaOrText,
     LogitBias,
     LogprobTokenIds,
     NotServed,
@@ -27,7 +37,6 @@ from deployments.ingress.parameter_types import (
     StopTokenIds,
 )
 from deployments.ingress.request_body import INT32_MAX, MAX_PROMPTS, Body, parse_body
-from deployments.ingress.structured_outputs import ResponseFormat, StructuredOutputsOptions, json_constraint
 
 __all__ = ["CompletionRequest", "RepetitionDetectionOptions", "StreamOptions", "parse_completion_request"]
 
@@ -38,6 +47,9 @@ _MAX_BAD_WORD_CHARACTERS: Final = 2048
 """vLLM tokenizes them for each choice, at 2 to 5 us a character."""
 _MAX_REPEATED: Final = {"bad_words": 2048, "allowed_token_ids": 2**18, "logit_bias": 2**18}
 """Entries times choices: what the engine is told of each choice."""
+
+_MAX_CONSTRAINT_BYTES_OF_ALL = 1024 * 1024
+"""A constraint's size times prompts times the choices generated for each."""
 
 _SMALLEST_TOP_P = 1e-9
 """Stands for 0, which OpenAI allows and vLLM does not: only the likeliest token is left."""
@@ -159,12 +171,14 @@ class CompletionRequest(Body):
     """Form of the output, in vLLM's words."""
     guided_json: Annotated[JsonSchemaOrText, _OLDER_VLLM] = None
     """The same as `structured_outputs.json`."""
-    guided_regex: Annotated[Annotated[str, Field(min_length=1)] | None, _OLDER_VLLM] = None
+    guided_regex: Annotated[ConstraintText | None, _OLDER_VLLM] = None
     """The same as `structured_outputs.regex`."""
-    guided_choice: Annotated[list[str] | None, Field(min_length=1), _OLDER_VLLM] = None
+    guided_choice: Annotated[Labels | None, _OLDER_VLLM] = None
     """The same as `structured_outputs.choice`."""
-    guided_grammar: Annotated[Annotated[str, Field(min_length=1)] | None, _OLDER_VLLM] = None
+    guided_grammar: Annotated[ConstraintText | None, _OLDER_VLLM] = None
     """The same as `structured_outputs.grammar`."""
+    guided_whitespace_pattern: Annotated[Annotated[str, Field(max_length=100)] | None, _OLDER_VLLM] = None
+    """The same as `structured_outputs.whitespace_pattern`. Only with `guided_json`."""
     repetition_detection: Annotated[RepetitionDetectionOptions | None, _VLLM] = None
     """Ends a choice that repeats itself."""
     thinking_token_budget: Annotated[int | None, Field(ge=-1, le=INT32_MAX), _VLLM] = None
@@ -202,9 +216,6 @@ class CompletionRequest(Body):
     mm_payload: Annotated[str | None, NotServed("prompts have text only", neutral="tensors"), _VLLM] = None
     return_mm_kwargs: Annotated[bool | None, NotServed("prompts have text only", neutral=True), _VLLM] = None
     guided_decoding_backend: Annotated[None, NotServed("the engine chooses the backend itself"), _OLDER_VLLM] = None
-    guided_whitespace_pattern: Annotated[
-        None, NotServed("use structured_outputs with whitespace_pattern"), _OLDER_VLLM
-    ] = None
 
     @property
     def choices(self) -> int:
@@ -249,24 +260,25 @@ class CompletionRequest(Body):
         }
         return [name for name, is_given in given.items() if is_given]
 
-    def constraint(self) -> StructuredOutputs | None:
+    def constraint(self) -> GivenConstraint | None:
         """What the output must conform to, from whichever parameter says it."""
-        if self.response_format is not None and (constraint := self.response_format.constraint()) is not None:
-            return constraint
+        if self.response_format is not None and (given := self.response_format.constraint()) is not None:
+            return given
         if self.structured_outputs is not None:
             return self.structured_outputs.constraint()
         if self.guided_json is not None:
-            return json_constraint(self.guided_json)
+            return GivenConstraint("guided_json", json_constraint(self.guided_json, self.guided_whitespace_pattern))
         if self.guided_regex is not None:
-            return StructuredOutputs(regex=self.guided_regex)
+            return GivenConstraint("guided_regex", Constraint("regex", self.guided_regex))
         if self.guided_choice is not None:
-            return StructuredOutputs(choice=tuple(self.guided_choice))
+            return GivenConstraint("guided_choice", Constraint("choice", json.dumps(self.guided_choice)))
         if self.guided_grammar is not None:
-            return StructuredOutputs(grammar=self.guided_grammar)
+            return GivenConstraint("guided_grammar", Constraint("grammar", self.guided_grammar))
         return None
 
-    def sampling(self, candidate: int) -> Sampling:
-        """For the `candidate`-th of a prompt: each samples with a seed of its own, counted up as in vLLM.
+    def sampling(self, candidate: int, grammar: str | None = None) -> Sampling:
+        """For the `candidate`-th of a prompt: each samples with a seed of its own, counted up as in vLLM. `grammar` is
+        the constraint, as checked.
 
         After the largest seed comes the smallest. Ranking candidates takes the probability of each token chosen; a
         prompt that is only scored takes one token to be generated, which nobody sees or pays.
@@ -295,7 +307,7 @@ class CompletionRequest(Body):
             logit_bias=self.logit_bias or None,
             allowed_token_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
             bad_words=tuple(self.bad_words or ()),
-            structured_outputs=self.constraint(),
+            grammar=grammar,
             repetition_detection=None
             if detection is None
             else RepetitionDetection(detection.max_pattern_size, detection.min_pattern_size, detection.min_count),
@@ -354,8 +366,32 @@ class CompletionRequest(Body):
             )
         if len(given := self.constraining) > 1:
             raise InvalidRequest(f"Only one of {' and '.join(given)} can be given.", param=given[1])
+        if self.guided_whitespace_pattern is not None and self.guided_json is None:
+            raise InvalidRequest(
+                "guided_whitespace_pattern is only allowed with guided_json.", param="guided_whitespace_pattern"
+            )
+        if given:
+            self._check_constraint_size()
         if self.suffix is not None and self.echo and self.logprobs is not None:
             raise InvalidRequest("suffix cannot be combined with echo and logprobs.", param="suffix")
+
+    def _check_constraint_size(self) -> None:
+        """Each candidate has a grammar of its own, which the engine compiles. Raises InvalidRequest."""
+        given = self.constraint()
+        candidates = len(self.prompt) * self.candidates
+        if given is None or candidates == 1:
+            return
+        size = len(given.constraint.text.encode())
+        if size > MAX_CONSTRAINT_BYTES:
+            raise InvalidRequest(
+                f"{given.param} has {size} bytes; expected at most {MAX_CONSTRAINT_BYTES}.", param=given.param
+            )
+        if size * candidates > _MAX_CONSTRAINT_BYTES_OF_ALL:
+            raise InvalidRequest(
+                f"{given.param} has {size} bytes, for each of {candidates} choices of all prompts; expected at most "
+                f"{_MAX_CONSTRAINT_BYTES_OF_ALL} bytes together. Ask for fewer choices, or send several requests.",
+                param=given.param,
+            )
 
 
 R = TypeVar("R", bound=CompletionRequest)

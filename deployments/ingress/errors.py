@@ -30,6 +30,7 @@ __all__ = [
     "ModelNotReady",
     "NotResumable",
     "ObjectNotFound",
+    "OutputNotConforming",
     "Overloaded",
     "PermissionDenied",
     "RateLimitExceeded",
@@ -274,6 +275,22 @@ class NotResumable(ApiError):
         super().__init__(
             "The engine replica of this answer was lost, and its required form cannot go on exactly where it ended. "
             "Discard what has arrived and send the request again."
+        )
+
+
+class OutputNotConforming(ApiError):
+    """The model's output does not conform to what the request asks for, or cannot go on within it. The same request
+    most likely ends so again."""
+
+    status = 500
+    code = "output_not_conforming"
+
+    def __init__(self, param: str) -> None:
+        super().__init__(
+            f"The output came to where it cannot conform to {param}: parameters that ban tokens or the end of the "
+            "text, such as allowed_token_ids, logit_bias, bad_words, min_tokens and ignore_eos, may contradict it, or "
+            "it is too complex for the engine. Change the request before you send it again.",
+            param=param,
         )
 
 

@@ -102,7 +102,7 @@ class Generation:
     def resumable(self) -> bool:
         """Another replica can go on without contradicting what is there already. A grammar would begin anew inside
         the answer."""
-        return not self.tokens or self.sampling.structured_outputs is None
+        return not self.tokens or self.sampling.grammar is None
 
     def placed(self, placement: Placement) -> None:
         """It is about to be submitted there."""

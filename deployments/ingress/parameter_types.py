@@ -6,12 +6,11 @@ cost several times as much and name branches of the union in their errors.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -22,8 +21,6 @@ __all__ = [
     "AllowedTokenIds",
     "BadWords",
     "ExtraArguments",
-    "JsonSchema",
-    "JsonSchemaOrText",
     "LogitBias",
     "LogprobTokenIds",
     "NotServed",
@@ -36,7 +33,6 @@ __all__ = [
     "TextPrompt",
     "TokenId",
     "TokenIds",
-    "json_without_nan",
 ]
 
 MAX_MODEL_NAME = 256
@@ -224,28 +220,6 @@ ExtraArguments = Annotated[
         json_schema_input_type=Annotated[dict[str, _Scalar | list[_Scalar]], Field(max_length=_MAX_EXTRA_ARGUMENTS)]
         | None,
     ),
-]
-
-
-def json_without_nan(value: Any) -> Any:
-    """JSON proper. The parser lets NaN and Infinity pass where any value may stand."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        raise ValueError("expected a JSON schema without NaN and Infinity") from None
-    return value
-
-
-def _json_schema_or_text(value: Any) -> Any:
-    if value is None or isinstance(value, str | dict):
-        return json_without_nan(value)
-    raise ValueError("expected a JSON schema, as an object or as text")
-
-
-JsonSchema = Annotated[dict[str, Any], AfterValidator(json_without_nan)]
-JsonSchemaOrText = Annotated[
-    str | dict[str, Any] | None,
-    PlainValidator(_json_schema_or_text, json_schema_input_type=str | dict[str, Any] | None),
 ]
 
 

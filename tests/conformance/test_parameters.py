@@ -153,7 +153,6 @@ RANGES: dict[str, Range] = {
                 "type": "json_schema",
                 "json_schema": {"name": "n", "description": "d", "schema": SCHEMA, "strict": True},
             },
-            {"type": "structural_tag", "format": {"type": "any_text"}},
             {
                 "type": "structural_tag",
                 "structures": [{"begin": "<a>", "schema": SCHEMA, "end": "</a>"}],
@@ -169,6 +168,7 @@ RANGES: dict[str, Range] = {
             {"type": "json_schema", "json_schema": {"name": "n", "schema": "x"}},
             {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "unheard_of": 1}},
             {"type": "structural_tag"},
+            {"type": "structural_tag", "format": {"type": "any_text"}},
             {"type": "json_object", "unheard_of": 1},
             "json_object",
             [],
@@ -183,9 +183,9 @@ RANGES: dict[str, Range] = {
             {"choice": ["a", "b"]},
             {"grammar": 'root ::= "a"'},
             {"json_object": True},
-            {"structural_tag": '{"type":"structural_tag","format":{"type":"any_text"}}'},
+            {"structural_tag": '{"structures":[{"begin":"<a>","schema":{},"end":"</a>"}],"triggers":["<a>"]}'},
             {"json": SCHEMA, "disable_any_whitespace": True, "disable_additional_properties": True},
-            {"json": SCHEMA, "whitespace_pattern": " "},
+            {"json": SCHEMA, "whitespace_pattern": "[ ]*"},
         ],
         [
             {},
@@ -201,6 +201,10 @@ RANGES: dict[str, Range] = {
             {"regex": "a", "choice": ["a"]},
             {"regex": "a", "unheard_of": 1},
             {"regex": "a", "disable_any_whitespace": 1},
+            {"regex": "a", "whitespace_pattern": "[ ]*"},
+            {"json": SCHEMA, "whitespace_pattern": "((("},
+            {"json": {"not": {}}},
+            {"regex": "("},
             "a",
             [],
             1,
@@ -209,6 +213,7 @@ RANGES: dict[str, Range] = {
     "guided_json": form([SCHEMA, "{}"], [1, [], True]),
     "guided_regex": form(["a+"], ["", *NO_STRINGS]),
     "guided_choice": form([["a"], ["a", "b"]], [[], "a", [1], {}, 1]),
+    "guided_whitespace_pattern": Range([], ["((", *NO_STRINGS]),  # only with guided_json
     "guided_grammar": form(['root ::= "a"'], ["", *NO_STRINGS]),
     "repetition_detection": Range(
         [
@@ -260,7 +265,6 @@ RANGES: dict[str, Range] = {
     "mm_payload": not_served("tensors", "x"),
     "return_mm_kwargs": not_served(True, False),
     "guided_decoding_backend": not_served(None, "xgrammar"),
-    "guided_whitespace_pattern": not_served(None, " "),
 }
 REQUIRED = ("model", "prompt")
 

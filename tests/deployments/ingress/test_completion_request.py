@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.contracts import PromptOptions, RepetitionDetection, Sampling, StructuredOutputs, Submission, pack
+from deployments.contracts import Constraint, PromptOptions, RepetitionDetection, Sampling, Submission, pack
 from deployments.ingress import completion_request
 from deployments.ingress.completion_request import CompletionRequest
 from deployments.ingress.errors import InvalidRequest
@@ -180,14 +180,15 @@ def test_prompt_options_are_those_of_vllm() -> None:
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-TAG = {"type": "structural_tag", "format": {"type": "any_text"}}
+TAGS = {"structures": [{"begin": "<a>", "schema": SCHEMA, "end": "</a>"}], "triggers": ["<a>"]}
 
 
 @pytest.mark.parametrize(
-    ("fields", "constraint"),
+    ("fields", "given"),
     [
+        ({}, None),
         ({"response_format": {"type": "text"}}, None),
-        ({"response_format": {"type": "json_object"}}, StructuredOutputs(json_object=True)),
+        ({"response_format": {"type": "json_object"}}, ("response_format", Constraint("json_object", ""))),
         (
             {
                 "response_format": {
@@ -195,16 +196,31 @@ TAG = {"type": "structural_tag", "format": {"type": "any_text"}}
                     "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
                 }
             },
-            StructuredOutputs(json=json.dumps(SCHEMA)),
+            ("response_format", Constraint("json", json.dumps(SCHEMA))),
         ),
-        ({"response_format": TAG}, StructuredOutputs(structural_tag=json.dumps(TAG))),
-        ({"structured_outputs": {"json": SCHEMA}}, StructuredOutputs(json=json.dumps(SCHEMA))),
-        ({"structured_outputs": {"json": "{}"}}, StructuredOutputs(json="{}")),
-        ({"structured_outputs": {"regex": "a+"}}, StructuredOutputs(regex="a+")),
-        ({"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutputs(choice=("a", "b"))),
-        ({"structured_outputs": {"grammar": "root ::= 'a'"}}, StructuredOutputs(grammar="root ::= 'a'")),
-        ({"structured_outputs": {"json_object": True}}, StructuredOutputs(json_object=True)),
-        ({"structured_outputs": {"structural_tag": "{}"}}, StructuredOutputs(structural_tag="{}")),
+        (
+            {"response_format": {"type": "structural_tag", **TAGS}},
+            ("response_format", Constraint("structural_tag", json.dumps(TAGS))),
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, ("structured_outputs.json", Constraint("json", json.dumps(SCHEMA)))),
+        ({"structured_outputs": {"json": "{}"}}, ("structured_outputs.json", Constraint("json", "{}"))),
+        ({"structured_outputs": {"regex": "a+"}}, ("structured_outputs.regex", Constraint("regex", "a+"))),
+        (
+            {"structured_outputs": {"choice": ["a", "b"]}},
+            ("structured_outputs.choice", Constraint("choice", '["a", "b"]')),
+        ),
+        (
+            {"structured_outputs": {"grammar": "start: 'a'"}},
+            ("structured_outputs.grammar", Constraint("grammar", "start: 'a'")),
+        ),
+        (
+            {"structured_outputs": {"json_object": True}},
+            ("structured_outputs.json_object", Constraint("json_object", "")),
+        ),
+        (
+            {"structured_outputs": {"structural_tag": "{}"}},
+            ("structured_outputs.structural_tag", Constraint("structural_tag", "{}")),
+        ),
         (
             {
                 "structured_outputs": {
@@ -212,28 +228,84 @@ TAG = {"type": "structural_tag", "format": {"type": "any_text"}}
                     "json_object": False,
                     "disable_any_whitespace": True,
                     "disable_additional_properties": True,
-                    "whitespace_pattern": " ",
+                    "whitespace_pattern": " *",
                 }
             },
-            StructuredOutputs(
-                json="{}",
-                disable_any_whitespace=True,
-                disable_additional_properties=True,
-                whitespace_pattern=" ",
+            (
+                "structured_outputs.json",
+                Constraint("json", "{}", any_whitespace=False, whitespace_pattern=" *", closed=True),
             ),
         ),
-        ({"guided_json": SCHEMA}, StructuredOutputs(json=json.dumps(SCHEMA))),
-        ({"guided_json": "{}"}, StructuredOutputs(json="{}")),
-        ({"guided_regex": "a+"}, StructuredOutputs(regex="a+")),
-        ({"guided_choice": ["a"]}, StructuredOutputs(choice=("a",))),
-        ({"guided_grammar": "g"}, StructuredOutputs(grammar="g")),
-        ({"response_format": {"type": "text"}, "guided_regex": "a"}, StructuredOutputs(regex="a")),
+        ({"guided_json": SCHEMA}, ("guided_json", Constraint("json", json.dumps(SCHEMA)))),
+        ({"guided_json": "{}"}, ("guided_json", Constraint("json", "{}"))),
+        (
+            {"guided_json": "{}", "guided_whitespace_pattern": " *"},
+            ("guided_json", Constraint("json", "{}", whitespace_pattern=" *")),
+        ),
+        ({"guided_regex": "a+"}, ("guided_regex", Constraint("regex", "a+"))),
+        ({"guided_choice": ["a"]}, ("guided_choice", Constraint("choice", '["a"]'))),
+        ({"guided_grammar": "g"}, ("guided_grammar", Constraint("grammar", "g"))),
+        ({"response_format": {"type": "text"}, "guided_regex": "a"}, ("guided_regex", Constraint("regex", "a"))),
     ],
 )
-def test_the_form_of_the_output(fields: dict[str, Any], constraint: StructuredOutputs | None) -> None:
-    sampling = parse(**fields).sampling(0)
-    assert sampling.structured_outputs == constraint
+def test_the_form_of_the_output(fields: dict[str, Any], given: tuple[str, Constraint] | None) -> None:
+    assert parse(**fields).constraint() == given
+
+
+def test_the_engine_gets_the_constraint_as_it_was_checked() -> None:
+    sampling = parse(guided_regex="a").sampling(0, "start: /a/")
+    assert sampling.grammar == "start: /a/"
     pack(Submission(1, [1], sampling, account("req"), "Meter"))
+
+
+LARGE = "a" * 65_536
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "bound"),
+    [
+        ({"guided_regex": LARGE + "a"}, "guided_regex", "65536 bytes"),
+        ({"guided_json": {"const": LARGE}}, "guided_json", "65536 bytes"),
+        ({"guided_json": json.dumps({"const": LARGE})}, "guided_json", "65536 bytes"),
+        ({"guided_json": {"enum": [[]] * 30_000}}, "guided_json", "65536 bytes"),
+        ({"guided_choice": ["a"] * 2001}, "guided_choice", "2000 labels"),
+        ({"guided_choice": ["a" * 1000] * 100}, "guided_choice", "65536 bytes"),
+        ({"structured_outputs": {"json": {"const": LARGE}}}, "structured_outputs.json", "65536 bytes"),
+        ({"structured_outputs": {"structural_tag": LARGE + "a"}}, "structured_outputs.structural_tag", "65536 bytes"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"const": LARGE}}}},
+            "response_format.json_schema.schema",
+            "65536 bytes",
+        ),
+        ({"guided_json": json.loads('{"items":' * 101 + "{}" + "}" * 101)}, "guided_json", "100 deep"),
+        ({"guided_regex": LARGE, "n": 17}, "guided_regex", "1048576 bytes together"),
+        ({"guided_regex": LARGE, "n": 2, "prompt": ["a"] * 9}, "guided_regex", "1048576 bytes together"),
+        ({"guided_regex": LARGE, "best_of": 17}, "guided_regex", "1048576 bytes together"),
+    ],
+)
+def test_a_constraint_has_bounds_which_the_error_names(fields: dict[str, Any], param: str, bound: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(**fields)
+    assert refused.value.param == param
+    assert bound in refused.value.message
+
+
+def test_a_constraint_within_its_bounds_is_taken() -> None:
+    assert parse(guided_regex=LARGE, n=16).constraint() is not None
+    assert parse(guided_json=json.loads('{"items":' * 99 + "{}" + "}" * 99)).constraint() is not None
+    assert parse(guided_choice=["a"] * 2000, n=32).constraint() is not None
+
+
+@pytest.mark.parametrize("name", ["disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"])
+def test_what_shapes_json_is_refused_without_json(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        parse(structured_outputs={"regex": "a", name: " *" if name == "whitespace_pattern" else True})
+
+
+def test_a_whitespace_pattern_belongs_to_json() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(guided_regex="a", guided_whitespace_pattern=" *")
+    assert refused.value.param == "guided_whitespace_pattern"
 
 
 @pytest.mark.parametrize(
@@ -507,7 +579,7 @@ ONE_KIND = "expected exactly one of json, regex, choice, grammar, json_object, s
         (
             "response_format",
             '{"type":"structural_tag"}',
-            "expected format, or structures and triggers, beside type 'structural_tag'.",
+            "expected structures and triggers beside type 'structural_tag'; format is not supported.",
         ),
         ("structured_outputs", "{}", ONE_KIND),
         ("structured_outputs", '{"json_object":false}', ONE_KIND),
@@ -565,7 +637,6 @@ def test_a_mistake_within_a_parameter_is_located(
         ("mm_payload", '"none"', "prompts have text only"),
         ("return_mm_kwargs", "false", "prompts have text only"),
         ("guided_decoding_backend", '"outlines"', "the engine chooses the backend itself"),
-        ("guided_whitespace_pattern", '" "', "use structured_outputs with whitespace_pattern"),
     ],
 )
 def test_what_is_not_served_is_refused_with_the_reason(name: str, literal: str, reason: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling, StructuredOutputs, TokenDelta
+from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling, TokenDelta
 from deployments.ingress.demand import ModelDemand
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.errors import ApiError, GivenUp, InternalError, ModelNotReady, NotResumable, Overloaded
@@ -582,7 +582,7 @@ async def test_a_suspect_that_finds_no_replica_in_time_is_told_so() -> None:
 async def test_an_answer_in_a_required_form_ends_with_an_error_rather_than_begin_anew_inside_itself() -> None:
     async with replicas_of(2) as replicas, opened_pool(replicas) as pool:
         await quiet()
-        sampling = Sampling(max_tokens=40, structured_outputs=StructuredOutputs(json="{}"))
+        sampling = Sampling(max_tokens=40, grammar="start: %json {}")
         begun, fresh = Request([3], sampling), Request([4], sampling)
         pool.start([begun.generation])
         await begun.until(3)
