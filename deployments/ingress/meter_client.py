@@ -8,6 +8,7 @@ process (deployments/settlement_outbox.py). Free of Ray: `MeterTransport` is the
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -132,7 +133,7 @@ class MeterClient:
         """
         meter = self._meters[self.meter_of(request.key_id, request.team)]
         packed = pack(msgspec.structs.replace(request, ingress_id=self.ingress_id))
-        answer = await self._patiently(lambda: self._ask_to_admit(meter, packed))
+        answer = await self._patiently(lambda: self._ask_to_admit(meter, packed), attempt_s=_CALL_LIMIT_S)
         if isinstance(answer, AdmissionRefused):
             raise _refusal(answer)
         return answer
@@ -182,8 +183,7 @@ class MeterClient:
     # --- internals ---------------------------------------------------------------------------------------------------
 
     async def _ask_to_admit(self, meter: MeterTransport, request: bytes) -> Admitted | AdmissionRefused:
-        async with asyncio.timeout(_CALL_LIMIT_S):
-            answer = unpack_admission(await meter.admit(request))
+        answer = unpack_admission(await meter.admit(request))
         if isinstance(answer, AdmissionRefused) and answer.code == "unavailable":
             raise MeterUnreachable(answer.message)
         return answer
@@ -196,14 +196,15 @@ class MeterClient:
     async def _ask_first(self, ask: Callable[[MeterTransport], Awaitable[bytes]]) -> bytes:
         return await self._patiently(lambda: ask(self._meters[self._names[0]]))
 
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Call the meter until it answers; a replacement is usually up within seconds."""
+    async def _patiently(self, call: Callable[[], Awaitable[T]], *, attempt_s: float = math.inf) -> T:
+        """Call the meter until it answers; a replacement is usually up within seconds. One attempt takes `attempt_s` at
+        most."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._admission_timeout_s
         retry_s = _RETRY_FIRST_S
         while True:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(min(deadline, loop.time() + attempt_s)):
                     return await call()
             except (MeterUnreachable, TimeoutError) as error:
                 if loop.time() + retry_s >= deadline:
