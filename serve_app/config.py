@@ -328,6 +328,9 @@ class VllmEngineConfig(_Section):
     """Groups of GPUs that hold successive layers, >= 1."""
     max_num_seqs: PositiveInt = 256
     """Sequences in the batch at most, >= 1."""
+    max_num_batched_tokens: PositiveInt | None = None
+    """Tokens that one step computes at most, >= `max_num_seqs`; null leaves it to vLLM. A long prompt takes so many
+    in each step, and every other sequence waits for it: choose what the machine computes in well under a second."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of each GPU's memory for weights and KV cache, above 0 to 1. GPU only."""
     kv_cache_gib: PositiveInt = 1
@@ -339,6 +342,14 @@ class VllmEngineConfig(_Section):
     """Keep the KV blocks of past prompts for prompts that begin alike."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     """`priority` serves requests of a lower `priority` first; with `fcfs` requests must not give one."""
+
+    @field_validator("max_num_batched_tokens")
+    @classmethod
+    def _hold_a_batch(cls, tokens: int | None, info: ValidationInfo) -> int | None:
+        sequences = info.data.get("max_num_seqs")
+        if tokens is not None and sequences and tokens < sequences:
+            raise _unexpected(f"at least max_num_seqs, {sequences}: a step computes one token of each sequence")
+        return tokens
 
 
 class SimulatedEngineConfig(_Section):

@@ -38,6 +38,7 @@ class VllmSettings:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     max_num_seqs: int
+    max_num_batched_tokens: int | None
     gpu_memory_utilization: float
     kv_cache_gib: int
     """KV cache on CPU; GPUs use gpu_memory_utilization."""
@@ -85,6 +86,7 @@ class VllmEngine:
             pipeline_parallel_size=settings.pipeline_parallel_size,
             distributed_executor_backend=executor_for(settings.tensor_parallel_size * settings.pipeline_parallel_size),
             max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=settings.enforce_eager,
             enable_prefix_caching=settings.enable_prefix_caching,

@@ -266,6 +266,13 @@ VLLM = "engine: {kind: vllm, tensor_parallel_size: 2, pipeline_parallel_size: 2}
         ("engine: {kind: tgi}", 4, "engine.kind", '"tgi"', "'vllm', 'simulated'"),
         ("engine: fast", 4, "engine", '"fast"', "a mapping"),
         ("replicas: {min: 1}", 2, "engine", "nothing", "a value: the key is required"),
+        (
+            "engine: {kind: vllm, max_num_seqs: 64, max_num_batched_tokens: 63}",
+            4,
+            "engine.max_num_batched_tokens",
+            "63",
+            "at least max_num_seqs, 64",
+        ),
         ("engine: {kind: vllm, dtype: int8}", 4, "engine.dtype", '"int8"', "'auto', 'float32', 'bfloat16'"),
         (
             "engine: {kind: vllm, gpu_memory_utilization: 1.5}",

@@ -116,6 +116,7 @@ def vllm_engine(model: Path, *, stall_timeout_s: float) -> VllmEngine:
         tensor_parallel_size=1,
         pipeline_parallel_size=1,
         max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=None,
         gpu_memory_utilization=0.9,
         kv_cache_gib=1,
         enforce_eager=True,
