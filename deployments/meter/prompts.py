@@ -39,12 +39,14 @@ async def encode_prompts(entry: CatalogueEntry, request: AdmissionRequest) -> li
             prompts,
             add_special_tokens=options.add_special_tokens,
             truncation=truncation,
-            at_most=max(0, room),
+            at_most=max(0, min(room, MAX_PROMPT_TOKENS // request.choices)),
             owner=owner_of(request.key_id, request.team),
         )
     except TokenOutOfVocabulary as error:
         return AdmissionRefused("token_out_of_vocabulary", str(error), param="prompt")
     except PromptTooLong as long:
+        if long.tokens <= room and (refused := _multiplied(request, [long.tokens])):
+            return refused
         return _context_exceeded(max_model_len, long.tokens, request.max_tokens, exact=long.exact)
     except OwnerBusy as busy:
         whose = "this key" if request.team is None else f"the team {request.team}"
