@@ -142,7 +142,6 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the output must conform to, as a grammar in llguidance's Lark syntax. Its state within the answer is the
     engine's, so another replica cannot go on with it."""
     repetition_detection: RepetitionDetection | None = None
-    thinking_token_budget: int | None = None
     stream_interval: int | None = None
     """Tokens to gather before they are delivered, but for the first and the last ones."""
     extra_args: dict[str, Any] | None = None

@@ -47,6 +47,9 @@ class VllmSettings:
     scheduling_policy: Literal["fcfs", "priority"]
 
 
+_MANY_TOKEN_IDS = 512
+
+
 class VllmEngine:
     """One AsyncLLM with its engine core in child processes."""
 
@@ -63,6 +66,7 @@ class VllmEngine:
         self._gauge: Any = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._prefill_tokens: dict[str, int] = {}
+        self._costly = asyncio.Lock()
 
     async def start(self) -> None:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -167,6 +171,10 @@ class VllmEngine:
 
         finished = False
         try:
+            if sampling.bad_words or len(sampling.allowed_token_ids or ()) > _MANY_TOKEN_IDS:
+                # vLLM takes milliseconds to tokenize or copy these: one choice in each turn of the event loop.
+                async with self._costly:
+                    await asyncio.sleep(0)
             outputs = self._engine.generate(
                 tokens_input(token_ids, cache_salt=sampling.cache_salt),
                 _sampling_params(sampling),
@@ -185,9 +193,8 @@ class VllmEngine:
                     list(choice.token_ids),
                     finish_reason,
                     cached_tokens=(output.num_cached_tokens or 0) if first else 0,
-                    logprobs=choice.logprobs and [_position(likely) for likely in choice.logprobs],
-                    prompt_logprobs=output.prompt_logprobs
-                    and [likely and _position(likely) for likely in output.prompt_logprobs],
+                    logprobs=choice.logprobs and [_position(likely) for likely in choice.logprobs if likely],
+                    prompt_logprobs=output.prompt_logprobs and _positions(output.prompt_logprobs),
                 )
         except Exception as error:
             if not self._engine or self._engine.errored:
@@ -195,7 +202,7 @@ class VllmEngine:
                 return
             if isinstance(error, VLLMClientError):
                 log.info("generation refused", generation=key, reason=str(error))
-                deliver([], "refused", message=_reason(error), param=getattr(error, "parameter", None))
+                deliver([], "refused", message=_reason(error), param=_parameter(error))
                 return
             log.exception("generation failed", generation=key)
             if not finished:
@@ -225,6 +232,8 @@ def _sampling_params(sampling: Sampling) -> Any:
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
+        # Of a long prompt, a third of the time that objects for each token take, on the event loop.
+        flat_logprobs=sampling.prompt_logprobs is not None,
         logprob_token_ids=None if sampling.logprob_token_ids is None else list(sampling.logprob_token_ids),
         logit_bias=sampling.logit_bias,
         allowed_token_ids=None if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids),
@@ -235,7 +244,6 @@ def _sampling_params(sampling: Sampling) -> Any:
         repetition_detection=None
         if detection is None
         else RepetitionDetectionParams(**msgspec.structs.asdict(detection)),
-        thinking_token_budget=sampling.thinking_token_budget,
         stream_interval=sampling.stream_interval,
         extra_args=sampling.extra_args,
         detokenize=False,
@@ -248,6 +256,30 @@ def _position(likely: dict[int, Any]) -> PositionLogprobs:
     return PositionLogprobs(
         list(likely), [each.logprob for each in likely.values()], [each.rank for each in likely.values()]
     )
+
+
+def _positions(told: Any) -> list[PositionLogprobs | None]:
+    """From vLLM's FlatLogprobs of a prompt, which name a token twice where the one that is there is likely."""
+    positions: list[PositionLogprobs | None] = []
+    for begin, end in zip(told.start_indices, told.end_indices, strict=True):
+        if begin == end:
+            positions.append(None)
+            continue
+        token_ids, ranks = told.token_ids[begin:end], told.ranks[begin:end]
+        logprobs = told.logprobs[begin:end]
+        if token_ids[0] in token_ids[1:]:
+            twice = token_ids.index(token_ids[0], 1)
+            ranks[0] = ranks[twice]
+            for each in (token_ids, ranks, logprobs):
+                del each[twice]
+        positions.append(PositionLogprobs(token_ids, logprobs, ranks))
+    return positions
+
+
+def _parameter(error: Exception) -> str | None:
+    """Of a request, that vLLM refuses: by its name in the API."""
+    parameter: str | None = getattr(error, "parameter", None)
+    return "vllm_xargs" if parameter == "extra_args" else parameter
 
 
 _SOURCE_LOCATION = re.compile(r"\[[\d:]+\]\s*|\S*/\S+?:\d+:?\s*")

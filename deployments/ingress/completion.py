@@ -11,7 +11,8 @@ import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from itertools import islice
+from typing import Any, Final
 from uuid import uuid4
 
 import structlog
@@ -24,6 +25,7 @@ from deployments.contracts import (
     KeyInfo,
     Output,
     OutputCheck,
+    PositionLogprobs,
     RateLimits,
     Settlement,
     SettlementStatus,
@@ -40,7 +42,7 @@ from deployments.ingress.errors import (
     ServiceUnavailable,
 )
 from deployments.ingress.generation import Generation, Mailbox, News
-from deployments.ingress.logprobs import LogprobsWriter, prompt_logprobs_fields
+from deployments.ingress.logprobs import Logprobs, LogprobsWriter, prompt_logprobs_fields
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.text_stream import TextDelta, TextStream
 from deployments.ingress.wire import ChoiceDelta, Usage
@@ -48,6 +50,13 @@ from deployments.ingress.wire import ChoiceDelta, Usage
 __all__ = ["ClientGone", "Completion"]
 
 log = structlog.get_logger()
+
+_MAX_PROMPT_ENTRIES: Final = 2**16
+"""Log probabilities of one prompt: what the engine and the ingress pass on as a whole, in 30 to 50 ms."""
+_MAX_PROMPT_ENTRIES_OF_ALL: Final = 2**18
+"""Of all prompts, for each of the choices generated."""
+_ENTRIES_PER_TURN: Final = 2048
+"""How many of them are written in one turn of the event loop, at 2 to 4 us each."""
 
 _TURN_S: Final = 0.01
 """What one request takes of the event loop before others get a turn; between two candidates it cannot be broken off."""
@@ -64,6 +73,9 @@ class _Candidate:
     generation: Generation
     text: TextStream
     logprobs: LogprobsWriter | None
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
+    """Of its prompt, where asked for, and so the next."""
+    echoed: Logprobs | None = None
     used: int = 0
     """Completion tokens that count."""
     log_probability: float = 0.0
@@ -144,6 +156,11 @@ class Completion:
             self.settle("cancelled" if isinstance(error, asyncio.CancelledError) else "failed")
             raise
         self._prompts = self._admitted.token_ids
+        try:
+            self._check_prompt_logprobs()
+        except InvalidRequest:
+            self.settle("failed")
+            raise
 
     async def _checked_constraint(self) -> str | None:
         """The constraint as a grammar. Raises InvalidRequest where no output conforms, ServiceUnavailable."""
@@ -215,6 +232,27 @@ class Completion:
             for token_id in set(token_ids or ()):
                 if model.tokenizer.id_to_token(token_id) is None:
                     raise InvalidRequest(f"Token id {token_id} is out of vocabulary.", param=param)
+
+    def _check_prompt_logprobs(self) -> None:
+        """How many of them there are is known once the prompts are tokens. Raises InvalidRequest."""
+        request, told = self.request, self.request.prompt_positions
+        if told is None:
+            return
+        param = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
+        lengths = list(map(len, self._prompts))
+        if max(lengths) * (told + 1) > _MAX_PROMPT_ENTRIES:
+            raise InvalidRequest(
+                f"A prompt of {max(lengths)} tokens with {told + 1} log probabilities for each has "
+                f"{max(lengths) * (told + 1)} of them; expected at most {_MAX_PROMPT_ENTRIES} for one prompt.",
+                param=param,
+            )
+        entries = sum(lengths) * (told + 1) * request.candidates
+        if entries > _MAX_PROMPT_ENTRIES_OF_ALL:
+            raise InvalidRequest(
+                f"{sum(lengths)} tokens of prompts with {told + 1} log probabilities each, for {request.candidates} "
+                f"choices of each prompt, have {entries} of them; expected at most {_MAX_PROMPT_ENTRIES_OF_ALL}.",
+                param=param,
+            )
 
     def _prompts_to_encode(self) -> list[str | list[int]]:
         request, infilling = self.request, self.model.entry.infilling
@@ -304,8 +342,7 @@ class Completion:
             if delta is None or candidate.ended or not (delta.token_ids or delta.finish_reason):
                 continue  # nothing, or tokens behind a stop string, on their way when the engine was told to stop
             if delta.finish_reason == "refused":
-                # vLLM seldom names the parameter when it cannot make a grammar of it.
-                raise InvalidRequest(delta.message, param=delta.param or next(iter(self.request.constraining), None))
+                raise InvalidRequest(delta.message, param=delta.param or self._unnamed_parameter())
             if delta.finish_reason == "failed":
                 if self._grammar is not None and not delta.message:  # a token was sampled that the grammar forbids
                     raise self._not_conforming()
@@ -313,12 +350,17 @@ class Completion:
             if delta.token_ids and not timed:
                 timed = True  # once for all that came since the last call: it would cost too much for each token
                 self._tokens_came()
+            if delta.prompt_logprobs is not None:
+                await self._write_prompt(candidate, delta.prompt_logprobs)
             gained = self._gained(number, candidate, delta)
             if gained is not None:
                 candidate.told = True
                 deltas.append(gained)
             if candidate.ended and self._grammar is not None:
                 ended.append(Output(candidate.generation.tokens, delta.finish_reason == "end_of_text"))
+            if delta.prompt_logprobs is not None:  # writing it as JSON takes long enough for one turn
+                self._left = news[place + 1 :]
+                break
         if ended and self._grammar is not None:
             await self._check_outputs(self._grammar, ended)
         return deltas
@@ -339,6 +381,32 @@ class Completion:
 
     def _not_conforming(self) -> OutputNotConforming:
         return OutputNotConforming(next(iter(self.request.constraining), "the constraint"))
+
+    def _unnamed_parameter(self) -> str | None:
+        """What an engine has most likely refused where it does not say: plugins of its operator name nothing, and vLLM
+        seldom the parameter that it cannot make a grammar of."""
+        if self.request.vllm_xargs:
+            return "vllm_xargs"
+        return next(iter(self.request.constraining), None)
+
+    async def _write_prompt(self, candidate: _Candidate, positions: list[PositionLogprobs | None]) -> None:
+        """What the engine tells of the prompt, in as many turns of the event loop as it takes."""
+        request, prompt = self.request, candidate.generation.prompt
+        size = max(1, _ENTRIES_PER_TURN // (1 + (request.prompt_positions or 0)))
+        if not request.stream:  # with an echo too, as in vLLM
+            candidate.prompt_logprobs = []
+            fields = prompt_logprobs_fields(self.model.token_texts, positions)
+            while some := list(islice(fields, size)):
+                candidate.prompt_logprobs += some
+                await asyncio.sleep(0)
+        if request.echo and candidate.logprobs is not None:
+            candidate.echoed = Logprobs()
+            for begin in range(0, len(prompt), size):
+                end = begin + size
+                candidate.echoed.extend(
+                    candidate.logprobs.prompt(prompt[begin:end], positions[begin:end], more=end < len(prompt))
+                )
+                await asyncio.sleep(0)
 
     def _tokens_came(self) -> None:
         now = time.perf_counter()
@@ -399,7 +467,8 @@ class Completion:
         logprobs = None
         if candidate.logprobs is not None:
             if first and request.echo:
-                logprobs = candidate.logprobs.prompt(prompt, delta.prompt_logprobs or [None] * len(prompt))
+                # Without an engine's word, as of a prompt of one token, nothing is known.
+                logprobs = candidate.echoed or candidate.logprobs.prompt(prompt, [None] * len(prompt))
                 logprobs.extend(candidate.logprobs.generated(token_ids, positions))
             else:
                 logprobs = candidate.logprobs.generated(token_ids, positions)
@@ -413,9 +482,7 @@ class Completion:
             logprobs,
             token_ids=token_ids if request.return_token_ids else None,
             prompt_token_ids=prompt if first and request.return_token_ids else None,
-            prompt_logprobs=prompt_logprobs_fields(self.model.token_texts, delta.prompt_logprobs)
-            if delta.prompt_logprobs is not None and not request.stream
-            else None,
+            prompt_logprobs=candidate.prompt_logprobs if first else None,
         )
 
     def best(self) -> list[int]:

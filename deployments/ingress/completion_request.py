@@ -54,6 +54,9 @@ _MAX_CONSTRAINT_BYTES_OF_ALL = 1024 * 1024
 _SMALLEST_TOP_P = 1e-9
 """Stands for 0, which OpenAI allows and vLLM does not: only the likeliest token is left."""
 
+_NO_SEED = -1
+"""For vLLM's sampling parameters."""
+
 _OPENAI = Source("OpenAI")
 _VLLM = Source("vLLM")
 _OLDER_VLLM = Source("older vLLM")
@@ -124,7 +127,8 @@ class CompletionRequest(Body):
     """By token id: added to the token's logit, from -100 to 100. Up to 1024 token ids; times the choices of all prompts
     262144 at most."""
     seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1), Source("OpenAI; D1, D2")] = None
-    """Repeats a sampling, as far as the engine's batches allow. Each further choice of a prompt counts it up by one."""
+    """Repeats a sampling, as far as the engine's batches allow. Each further choice of a prompt counts it up by one. -1
+    is none, as in vLLM."""
     user: Annotated[Annotated[str, Field(max_length=1024)] | None, _OPENAI] = None
     """Of no effect: whose tokens they are is told by the key."""
     top_k: Annotated[int | None, Field(ge=-1, le=INT32_MAX), Source("vLLM; D1")] = 0
@@ -181,8 +185,6 @@ class CompletionRequest(Body):
     """The same as `structured_outputs.whitespace_pattern`. Only with `guided_json`."""
     repetition_detection: Annotated[RepetitionDetectionOptions | None, _VLLM] = None
     """Ends a choice that repeats itself."""
-    thinking_token_budget: Annotated[int | None, Field(ge=-1, le=INT32_MAX), _VLLM] = None
-    """Tokens that a reasoning model may think, at most; -1 sets no limit."""
     priority: Annotated[int | None, Field(ge=-(2**31), le=INT32_MAX), _VLLM] = 0
     """Lower is served earlier. Other than 0 only where the engine's scheduling policy is `priority`."""
     cache_salt: Annotated[Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}$")] | None, _VLLM] = None
@@ -215,6 +217,9 @@ class CompletionRequest(Body):
     ] = False
     mm_payload: Annotated[str | None, NotServed("prompts have text only", neutral="tensors"), _VLLM] = None
     return_mm_kwargs: Annotated[bool | None, NotServed("prompts have text only", neutral=True), _VLLM] = None
+    thinking_token_budget: Annotated[
+        int | None, NotServed("the engines do not tell thinking from text", neutral=-1), _VLLM
+    ] = None
     guided_decoding_backend: Annotated[None, NotServed("the engine chooses the backend itself"), _OLDER_VLLM] = None
 
     @property
@@ -283,7 +288,11 @@ class CompletionRequest(Body):
         After the largest seed comes the smallest. Ranking candidates takes the probability of each token chosen; a
         prompt that is only scored takes one token to be generated, which nobody sees or pays.
         """
-        seed = None if self.seed is None else (self.seed + candidate + 2**63) % 2**64 - 2**63
+        seed = None
+        if self.seed is not None and self.seed != _NO_SEED:
+            seed = (self.seed + candidate + 2**63) % 2**64 - 2**63
+            if seed == _NO_SEED:  # counted up to
+                seed = 2**63 - 1
         logprobs = self.logprobs if not self.logprob_token_ids else None
         if self.candidates > self.choices and self.logprobs is None:
             logprobs = 0
@@ -311,7 +320,6 @@ class CompletionRequest(Body):
             repetition_detection=None
             if detection is None
             else RepetitionDetection(detection.max_pattern_size, detection.min_pattern_size, detection.min_count),
-            thinking_token_budget=self.thinking_token_budget,
             stream_interval=self.stream_interval if self.stream else None,
             extra_args=dict(self.vllm_xargs) if self.vllm_xargs else None,
             priority=self.priority or 0,
@@ -330,6 +338,14 @@ class CompletionRequest(Body):
                 f"{len(self.prompt)} prompts with {name}={self.candidates} make more than {_MAX_GENERATIONS} choices.",
                 param=name if self.candidates > 1 else "prompt",
             )
+        for place, word in enumerate(self.bad_words or ()):
+            if not word.strip():  # vLLM looks for words without the space before them
+                name = f"bad_words.{place}"
+                raise InvalidRequest(
+                    f"Invalid value for '{name}': whitespace only is no word. To ban tokens use logit_bias.",
+                    param=name,
+                    location=("bad_words", place),
+                )
         if (characters := sum(map(len, self.bad_words or ()))) > _MAX_BAD_WORD_CHARACTERS:
             raise InvalidRequest(
                 f"bad_words have {characters} characters; expected at most {_MAX_BAD_WORD_CHARACTERS}.",

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 
+import msgspec
 import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -99,7 +100,14 @@ class CompletionResponse(Response):
         while not completion.finished:
             for delta in await completion.deltas():
                 deltas.setdefault(delta.choice, []).append(delta)
-        choices = [Choice.joined(index, deltas[number]) for index, number in enumerate(completion.best())]
+        choices: list[Choice | msgspec.Raw] = []
+        for index, number in enumerate(completion.best()):
+            choice = Choice.joined(index, deltas.pop(number))
+            if completion.request.prompt_positions is None:
+                choices.append(choice)
+            else:  # tens of milliseconds each, of a long prompt
+                choices.append(msgspec.Raw(msgspec.json.encode(choice)))
+                await asyncio.sleep(0)
         completion.settle("finished")
         await _send_whole(send, 200, completion_body(self._head, choices, completion.usage()), self._limits)
 

@@ -246,8 +246,8 @@ class InternalError(ApiError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The server had an error while processing your request. Retry it; if it happens again, tell "
-            "the operator the x-request-id of this answer."
+            "The server had an error while processing your request. If the same request fails again, tell the operator "
+            "the x-request-id of this answer."
         )
 
 

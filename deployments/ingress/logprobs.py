@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -146,10 +146,13 @@ class LogprobsWriter:
         self._offset = 0
         self._context: list[int] = []
 
-    def prompt(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> Logprobs:
-        """For an echo: of the first token nothing is known."""
+    def prompt(
+        self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], *, more: bool = False
+    ) -> Logprobs:
+        """For an echo: of the first token nothing is known. With `more` another piece of the prompt follows."""
         written = self._write(token_ids, positions)
-        self._context = []  # as in vLLM, which does not look back from what it generates into the prompt
+        if not more:
+            self._context = []  # as in vLLM, which does not look back from what it generates into the prompt
         return written
 
     def generated(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs]) -> Logprobs:
@@ -192,23 +195,19 @@ class LogprobsWriter:
 
 def prompt_logprobs_fields(
     texts: TokenTexts, positions: Sequence[PositionLogprobs | None]
-) -> list[dict[str, dict[str, Any]] | None]:
+) -> Iterator[dict[str, dict[str, Any]] | None]:
     """vLLM's `prompt_logprobs`: per position, by token id, what is known of each token."""
-    fields: list[dict[str, dict[str, Any]] | None] = []
     context: list[int] = []
     for position in positions:
         if position is None:
-            fields.append(None)
+            yield None
             continue
-        fields.append(
-            {
-                str(token_id): {
-                    "logprob": max(logprob, _LOWEST),
-                    "rank": rank,
-                    "decoded_token": texts.after(context, token_id),
-                }
-                for token_id, logprob, rank in zip(position.token_ids, position.logprobs, position.ranks, strict=True)
+        yield {
+            str(token_id): {
+                "logprob": max(logprob, _LOWEST),
+                "rank": rank,
+                "decoded_token": texts.after(context, token_id),
             }
-        )
+            for token_id, logprob, rank in zip(position.token_ids, position.logprobs, position.ranks, strict=True)
+        }
         context = [*context[1 - _CONTEXT_TOKENS :], position.token_ids[0]]
-    return fields

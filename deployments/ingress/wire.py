@@ -130,6 +130,6 @@ def error_event(body: bytes) -> bytes:
     return b"data: %b\n\n" % body
 
 
-def completion_body(head: Mapping[str, Any], choices: Sequence[Choice], usage: Usage) -> bytes:
-    """The answer of a request that does not stream."""
+def completion_body(head: Mapping[str, Any], choices: Sequence[Choice | msgspec.Raw], usage: Usage) -> bytes:
+    """The answer of a request that does not stream; a choice may be JSON already."""
     return _to_json({**head, "choices": choices, "usage": usage.fields()})

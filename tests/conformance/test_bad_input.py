@@ -100,7 +100,7 @@ def everywhere(*noises: bytes) -> list[Case]:
 
 
 COUNTS = ["max_tokens", "n", "best_of", "logprobs", "min_tokens", "prompt_logprobs", "stream_interval"]
-INTEGERS = [*COUNTS, "seed", "top_k", "truncate_prompt_tokens", "thinking_token_budget", "priority"]
+INTEGERS = [*COUNTS, "seed", "top_k", "truncate_prompt_tokens", "priority"]
 REALS = ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"]
 NUMBERS = [*INTEGERS, *REALS]
 NESTED = "[" * 10_000 + "]" * 10_000
@@ -235,9 +235,7 @@ async def test_null_for_a_number_is_its_default(http: httpx.AsyncClient, name: s
     assert assert_completion(answer, MODEL)["usage"]["completion_tokens"] == (16 if name == "max_tokens" else 2)
 
 
-@pytest.mark.parametrize(
-    "name", [*REALS[:-1], "max_tokens", "logprobs", "min_tokens", "seed", "top_k", "thinking_token_budget", "priority"]
-)
+@pytest.mark.parametrize("name", [*REALS[:-1], "max_tokens", "logprobs", "min_tokens", "seed", "top_k", "priority"])
 async def test_zero_where_it_is_a_value(http: httpx.AsyncClient, name: str) -> None:
     answer = await http.post("/v1/completions", json={**BODY, name: 0})
     assert assert_completion(answer, MODEL)["usage"]["completion_tokens"] == (0 if name == "max_tokens" else 2)

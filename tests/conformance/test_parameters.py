@@ -233,7 +233,7 @@ RANGES: dict[str, Range] = {
             1,
         ],
     ),
-    "thinking_token_budget": integer(-1, INT32),
+    "thinking_token_budget": not_served(-1, 0, 1, -2, 1.5),
     "priority": Range([0], [1, -1, -INT32 - 1, INT32, INT32 + 1, *NO_INTEGERS]),  # no model here schedules by it
     "cache_salt": Range(["s", "s" * 128, "\U0001f389"], ["", "s" * 129, "a/b", "a@b", "a\\b", "a\x00b", *NO_STRINGS]),
     "stream_interval": integer(1, INT32, stream=True),

@@ -25,6 +25,7 @@ from deployments.contracts import (
 from deployments.engine.engine import Deliver
 from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import SimulatedOutput, Simulator
+from deployments.ingress import completion
 from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.catalog import Infilling
 from tests.deployments.ingress.letter_tokenizer import LETTERS, VOCABULARY_TOKENS
@@ -949,3 +950,45 @@ async def test_candidates_are_ranked_over_all_their_tokens_when_a_replica_is_los
         assert answered.choices == [choice(best.text)]
         assert answered.tokens == (5, 120)
         assert (await gate.settlement()).resumes == 2
+
+
+# --- long prompts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{"prompt_logprobs": 2}, {"echo": True, "logprobs": 2}], ids=["told", "echoed"])
+@in_virtual_time
+async def test_what_is_told_of_a_long_prompt_is_the_same_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    """Written in many turns of the event loop, so that others get theirs."""
+    body = {"prompt": ["hello" * 20, "xyz"], "max_tokens": 2, "n": 2, **fields}
+    async with gateway(tmp_path) as gate:
+        whole = await answer(gate, False, **body)
+        monkeypatch.setattr(completion, "_ENTRIES_PER_TURN", 7)
+        assert await answer(gate, False, **body) == whole
+        if "echo" in fields:
+            told = (await answer(gate, True, **body)).choices[0]["logprobs"]
+            assert told == whole.choices[0]["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"prompt_logprobs": 3}, "prompt_logprobs", "A prompt of 25 tokens with 4 log probabilities for each has 100"),
+        ({"echo": True, "logprobs": 3}, "logprobs", "expected at most 80 for one prompt"),
+        ({"echo": True, "logprobs": 2, "n": 3}, "logprobs", "have 225 of them; expected at most 200"),
+        ({"prompt_logprobs": 1, "prompt": ["hello" * 4] * 6}, "prompt_logprobs", "120 tokens of prompts with 2"),
+    ],
+)
+@in_virtual_time
+async def test_log_probabilities_of_prompts_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], param: str, words: str
+) -> None:
+    monkeypatch.setattr(completion, "_MAX_PROMPT_ENTRIES", 80)
+    monkeypatch.setattr(completion, "_MAX_PROMPT_ENTRIES_OF_ALL", 200)
+    async with gateway(tmp_path) as gate:
+        response = await gate.complete(**{"prompt": "hello" * 5, "max_tokens": 1, **fields})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param)
+        assert words in error["message"]
+        assert (await gate.complete(prompt="hello" * 5, max_tokens=1, prompt_logprobs=2)).status_code == 200

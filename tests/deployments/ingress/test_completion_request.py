@@ -121,7 +121,6 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         "logit_bias": {"3": 1, "4": -100},
         "allowed_token_ids": [5, 6],
         "bad_words": ["a"],
-        "thinking_token_budget": 9,
         "priority": -4,
         "cache_salt": "salt",
         "repetition_detection": {"max_pattern_size": 4, "min_count": 2},
@@ -337,6 +336,19 @@ def test_each_choice_has_a_seed_of_its_own() -> None:
     assert [parse(n=2).sampling(choice).seed for choice in range(2)] == [None, None]
 
 
+def test_a_seed_of_minus_one_is_none() -> None:
+    """As vLLM takes it; a seed that counts up to it is one all the same."""
+    assert [parse(n=3, seed=-1).sampling(choice).seed for choice in range(3)] == [None, None, None]
+    assert [parse(n=3, seed=-2).sampling(choice).seed for choice in range(3)] == [-2, 2**63 - 1, 0]
+
+
+@pytest.mark.parametrize("word", [" ", "\n\t", "\u3000"])
+def test_a_word_without_a_letter_is_refused_by_its_place(word: str) -> None:
+    error = refused(json.dumps({"model": "m", "prompt": "p", "bad_words": ["a", word]}).encode())
+    assert (error.param, error.location) == ("bad_words.1", ("bad_words", 1))
+    assert "whitespace only is no word" in error.message
+
+
 @pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), 0])
 def test_seeds_that_count_up_stay_in_64_bits(seed: int) -> None:
     seeds = [parse(n=128, seed=seed).sampling(choice).seed for choice in range(128)]
@@ -370,7 +382,6 @@ def test_seeds_that_count_up_stay_in_64_bits(seed: int) -> None:
         ("truncation_side", ["left", "right"]),
         ("allowed_token_ids", [[0], [2**31 - 1] * 2048]),
         ("bad_words", [[], ["a"] * 64, ["a" * 128] * 16]),
-        ("thinking_token_budget", [-1, 0, 2**31 - 1]),
         ("priority", [-(2**31), 2**31 - 1]),
         ("cache_salt", ["s", "s" * 128]),
         ("stream_interval", [1, 2**31 - 1]),
@@ -397,7 +408,7 @@ NOT_FINITE = ["NaN", "Infinity", "-Infinity", "1e400"]
 
 INTEGERS = [
     *("max_tokens", "n", "best_of", "logprobs", "seed", "top_k", "min_tokens", "prompt_logprobs", "priority"),
-    *("truncate_prompt_tokens", "thinking_token_budget", "stream_interval"),
+    *("truncate_prompt_tokens", "stream_interval"),
 ]
 
 
@@ -467,7 +478,6 @@ def test_names_are_strings(name: str, literal: str) -> None:
         ("prompt_logprobs", "-1", "greater than or equal to 0"),
         ("prompt_logprobs", "21", "less than or equal to 20"),
         ("truncate_prompt_tokens", "-2", "greater than or equal to -1"),
-        ("thinking_token_budget", "-2", "greater than or equal to -1"),
         ("priority", str(2**31), f"less than or equal to {2**31 - 1}"),
         ("priority", str(-(2**31) - 1), f"greater than or equal to {-(2**31)}"),
         ("stream_interval", "0", "greater than or equal to 1"),
@@ -636,6 +646,10 @@ def test_a_mistake_within_a_parameter_is_located(
         ("return_token_offsets", "true", "offsets are not told; logprobs has text_offset"),
         ("mm_payload", '"none"', "prompts have text only"),
         ("return_mm_kwargs", "false", "prompts have text only"),
+        *(
+            ("thinking_token_budget", literal, "the engines do not tell thinking from text")
+            for literal in ("0", "9", "-2", "1.5", "true")
+        ),
         ("guided_decoding_backend", '"outlines"', "the engine chooses the backend itself"),
     ],
 )

@@ -264,7 +264,7 @@ def test_no_entry_is_ever_lost(byte_values: list[int]) -> None:
 def test_no_log_probability_is_lower_than_json_can_say(lowest: float) -> None:
     impossible = PositionLogprobs([A, B], [lowest, -9998.5], [200, 1])
     assert told(impossible, top=1) == ("a", -9999.0, {"a": -9999.0, "b": -9998.5})
-    assert prompt_logprobs_fields(TokenTexts(byte_level()), [impossible]) == [
+    assert list(prompt_logprobs_fields(TokenTexts(byte_level()), [impossible])) == [
         {
             str(A): {"logprob": -9999.0, "rank": 200, "decoded_token": "a"},
             str(B): {"logprob": -9998.5, "rank": 1, "decoded_token": "b"},
@@ -406,7 +406,7 @@ def test_prompt_logprobs_are_told_by_token_id() -> None:
         TokenTexts(byte_level()),
         [None, UNLIKELY, position(first), PositionLogprobs([second, A], [-3.0, -0.25], [7, 1])],
     )
-    assert fields == [
+    assert list(fields) == [
         None,
         {
             str(D): {"logprob": -9.0, "rank": 20, "decoded_token": "d"},
