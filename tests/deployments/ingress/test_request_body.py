@@ -18,7 +18,8 @@ from deployments.ingress.tokenization import DetokenizeRequest, TokenizeRequest
 
 LIMIT = 8 << 20
 """The default of `request_body_limit_bytes`."""
-TURN_S = 0.05
+TURN_S = 0.1
+"""Twice what a turn may take: beside other processes the same work takes up to twice as long."""
 
 
 def body(**fields: Any) -> bytes:
