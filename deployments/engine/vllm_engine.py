@@ -238,9 +238,7 @@ def _sampling_params(sampling: Sampling) -> Any:
         logit_bias=sampling.logit_bias,
         allowed_token_ids=None if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids),
         bad_words=list(sampling.bad_words),
-        structured_outputs=None
-        if sampling.grammar is None
-        else StructuredOutputsParams(grammar=sampling.grammar),
+        structured_outputs=None if sampling.grammar is None else StructuredOutputsParams(grammar=sampling.grammar),
         repetition_detection=None
         if detection is None
         else RepetitionDetectionParams(**msgspec.structs.asdict(detection)),

@@ -75,7 +75,9 @@ def _prompts(value: Any) -> list[str | list[int]]:
             return value
         if kinds == {int}:
             return [_in_range(value)]
-        if kinds == {list} and all(prompt and set(map(type, prompt)) == {int} for prompt in value):
+        if kinds == {list} and [] in value:
+            raise ValueError(f"prompt {value.index([])} is empty; expected at least one token id in each")
+        if kinds == {list} and all(set(map(type, prompt)) == {int} for prompt in value):
             return [_in_range(prompt) for prompt in value]
     raise ValueError("expected a string, or a non-empty array of strings, of token ids, or of arrays of token ids")
 

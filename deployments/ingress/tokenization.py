@@ -22,6 +22,8 @@ __all__ = ["DetokenizeRequest", "Tokenization", "TokenizeRequest"]
 _INLINE_SIZE = 2048
 """Characters or token ids handled on the event loop: well under a millisecond. More goes to a thread."""
 _THREADS = 2
+_MAX_TOKENS = 2**18
+"""Of one text: what its answer tells is made with the GIL held."""
 
 _CHAT = "only a prompt can be tokenized, not a chat"
 
@@ -97,12 +99,15 @@ def _tokenized(model: ServedModel, request: TokenizeRequest) -> bytes:
     [encoding] = model.tokenizer.encode_batch_fast(
         [request.prompt], add_special_tokens=request.add_special_tokens is not False
     )
+    if len(encoding) > _MAX_TOKENS:
+        raise InvalidRequest(f"The text has {len(encoding)} tokens; expected at most {_MAX_TOKENS}.", param="prompt")
     tokens: list[int] = encoding.ids
     answer: dict[str, Any] = {
         "count": len(tokens),
         "max_model_len": model.entry.max_model_len,
         "tokens": tokens,
-        "token_strs": list(map(model.tokenizer.id_to_token, tokens)) if request.return_token_strs else None,
+        # Not by `map`, which would keep the GIL from all other threads until its end.
+        "token_strs": [model.tokenizer.id_to_token(token) for token in tokens] if request.return_token_strs else None,
     }
     return msgspec.json.encode(answer)
 

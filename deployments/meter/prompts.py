@@ -58,9 +58,10 @@ async def encode_prompts(entry: CatalogueEntry, request: AdmissionRequest) -> li
         )
     lengths = [len(ids) for ids in token_ids]
     if not all(lengths):
+        which = "The prompt" if len(lengths) == 1 else f"Prompt {lengths.index(0)}"
         return AdmissionRefused(
             "empty_prompt",
-            "The prompt is empty: expected at least one token in each prompt.",
+            f"{which} is empty; expected at least one token in each prompt.",
             param="prompt",
         )
     if max(lengths) > room:

@@ -490,12 +490,17 @@ def test_numbers_out_of_range_are_told_the_range(name: str, literal: str, expect
 @pytest.mark.parametrize(
     "literal",
     [
-        *("null", "1", "1.5", "true", "{}", "[]", "[[]]", "[[1], []]", '["a", 1]', '["a", ["b"]]', "[1, [2]]"),
+        *("null", "1", "1.5", "true", "{}", "[]", '["a", 1]', '["a", ["b"]]', "[1, [2]]"),
         *("[true]", "[1, true]", "[1.5]", "[1.0]", "[null]", '[["a"]]', "[[[1]]]", "[NaN]", "[[1], [true]]"),
     ],
 )
 def test_no_other_form_of_prompt(literal: str) -> None:
     assert refusal("prompt", literal) == f"{PROMPTS}."
+
+
+@pytest.mark.parametrize(("literal", "place"), [("[[]]", 0), ("[[1], []]", 1), ("[[1], [2], [3], [], []]", 3)])
+def test_an_empty_prompt_is_told_by_its_place(literal: str, place: int) -> None:
+    assert refusal("prompt", literal) == f"prompt {place} is empty; expected at least one token id in each."
 
 
 @pytest.mark.parametrize("literal", ["[" + "9" * 30 + "]", "[[1], [-" + "9" * 30 + "]]", f"[{2**31}]", "[-1]"])

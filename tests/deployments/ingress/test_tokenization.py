@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deployments.contracts import KeyInfo
+from deployments.ingress import tokenization
 from deployments.ingress.catalog import Catalog, CatalogEntry
 from deployments.ingress.engine_pool import EnginePool
 from deployments.ingress.tokenization import Tokenization
@@ -41,6 +42,15 @@ async def test_a_text_becomes_tokens(tmp_path: Path) -> None:
         assert response.json()["token_strs"] == ["Ġ", "Ã", "©"]
         empty = (await tokenize(gate, prompt="", return_token_strs=True)).json()
         assert empty == {"count": 0, "max_model_len": 2048, "tokens": [], "token_strs": []}
+
+
+@in_virtual_time
+async def test_a_text_of_too_many_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "_MAX_TOKENS", 5)
+    async with gateway(tmp_path) as gate:
+        assert (await tokenize(gate, prompt="hello")).json()["count"] == 5
+        error = (await tokenize(gate, prompt="hellos")).json()["error"]
+        assert (error["param"], error["message"]) == ("prompt", "The text has 6 tokens; expected at most 5.")
 
 
 @in_virtual_time

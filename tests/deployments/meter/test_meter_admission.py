@@ -298,10 +298,22 @@ async def test_an_unknown_model_is_refused(meter: Meter) -> None:
     assert "`nowhere`" in refusal.message
 
 
-@pytest.mark.parametrize("prompts", [("",), ([],), ("the mill", ""), ("the mill", [])])
-async def test_a_prompt_without_tokens_is_refused(meter: Meter, prompts: tuple[str | list[int], ...]) -> None:
+@pytest.mark.parametrize(
+    ("prompts", "which"),
+    [
+        (("",), "The prompt"),
+        (([],), "The prompt"),
+        (("the mill", ""), "Prompt 1"),
+        (("the mill", "", [7], []), "Prompt 1"),
+        (([], "the mill"), "Prompt 0"),
+    ],
+)
+async def test_a_prompt_without_tokens_is_refused_by_its_place(
+    meter: Meter, prompts: tuple[str | list[int], ...], which: str
+) -> None:
     refusal = await refused(meter, ask(*prompts))
     assert (refusal.code, refusal.param) == ("empty_prompt", "prompt")
+    assert refusal.message == f"{which} is empty; expected at least one token in each prompt."
 
 
 @pytest.mark.parametrize("wrong", [-1, 10_000, 2**40])
