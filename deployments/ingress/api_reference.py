@@ -12,6 +12,8 @@ from typing import Any, Final, get_args
 
 from deployments.ingress.administration import CreateKeyRequest, LimitsRequest
 from deployments.ingress.completion_request import CompletionRequest
+from deployments.ingress.constraint import MAX_CONSTRAINT_BYTES, MAX_CONSTRAINT_BYTES_OF_ALL
+from deployments.ingress.constraint_limits import CHECK_CPU_S
 from deployments.ingress.dialect import D1, D3, DIALECTS, SCHEMA_PATH, Dialect
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.json_schemas import Json, schemas_of
@@ -20,6 +22,7 @@ from deployments.ingress.openapi_administration import ADMIN_SECURITY
 from deployments.ingress.openapi_answers import error_classes
 from deployments.ingress.parameter_types import NotServed, Source
 from deployments.ingress.request_body import Body
+from deployments.ingress.schema_keywords import ANNOTATIONS, FORMATS, HELD, REFUSED
 from deployments.ingress.tokenization import DetokenizeRequest, TokenizeRequest
 
 __all__ = ["api_reference"]
@@ -57,6 +60,30 @@ _PARAMETERS: Final = """\
 
 The source is the document that a parameter comes from: OpenAI's Completions reference, vLLM 0.32's `CompletionRequest`,
 and, where they name it, the documents of the dialects.
+"""
+
+_FORMS: Final = """\
+## The form of the output
+
+A request that asks for a form (`response_format`, `structured_outputs`, `guided_…`) is checked before it is admitted,
+in at most {cpu_s:g} s of CPU time: there must be output that conforms, and tokens for it that other parameters leave.
+All replicas hold it by the same library, llguidance.
+
+An answer whose `finish_reason` is `stop` conforms, unless the request itself had it cut: by `stop`, by
+`stop_token_ids` or by `repetition_detection`. Then, and with `length`, it is the beginning of output that conforms.
+Where neither can be, since `min_tokens`, `ignore_eos` or banned tokens contradict the form later than at its beginning,
+or it is too complex for the engine, there is an error of code `output_not_conforming`, as an event if a stream has
+begun. An answer in a form whose replica is lost after it has begun ends with an error as well.
+
+Of one constraint there are at most {max_bytes} bytes, JSON included, and all candidates of all prompts have one each:
+{all_bytes} bytes together. A `regex` is in the syntax of Rust's crate of that name and matches the whole output.
+Structural tags have `structures` and `triggers`; triggers that are special tokens of the model are taken for these.
+
+### Keywords of JSON Schema
+
+In the draft 2020-12; `$schema` may name 2019-09, draft-07 or draft-06, if the schema has no `prefixItems`. What is
+refused is refused with 400, and the message names the keyword and where it stands. Formats that are held:
+{formats}.
 """
 
 _NARROWED: Final = """\
@@ -181,6 +208,13 @@ def api_reference() -> str:
                 _PARAMETERS,
                 _parameter_table(CompletionRequest),
                 _nested_tables(),
+                _FORMS.format(
+                    cpu_s=CHECK_CPU_S,
+                    max_bytes=MAX_CONSTRAINT_BYTES,
+                    all_bytes=MAX_CONSTRAINT_BYTES_OF_ALL,
+                    formats=", ".join(f"`{name}`" for name in FORMATS),
+                ),
+                _table(("keyword", "", "of it"), _keywords()),
                 _NARROWED,
                 _table(("dialect", "parameter", "value", "default", "effect"), _narrowed()),
                 _NOT_SERVED,
@@ -304,6 +338,16 @@ def _parameter_table(model: type[Body], *, source: bool = True) -> str:
         if _reason(fields[name][1].metadata) is None
     ]
     return _table(("parameter", "value", "default", *(["source"] if source else []), "effect"), rows)
+
+
+def _keywords() -> Iterator[tuple[str, str, str]]:
+    for keyword, extent in HELD.items():
+        yield f"`{keyword}`", "held", extent
+    for keyword in sorted(REFUSED):
+        yield f"`{keyword}`", "refused", ""
+    for keyword in ANNOTATIONS:
+        yield f"`{keyword}`", "annotation", "at the root of a schema" if keyword in ("$id", "$schema") else ""
+    yield "all others", "annotation", "JSON Schema does not define them"
 
 
 def _query_table(path: str) -> str:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from deployments.contracts import Constraint, PromptOptions, RepetitionDetection, Sampling
 from deployments.ingress.constraint import (
     MAX_CONSTRAINT_BYTES,
+    MAX_CONSTRAINT_BYTES_OF_ALL,
     ConstraintText,
     GivenConstraint,
     JsonSchemaOrText,
@@ -47,9 +48,6 @@ _MAX_BAD_WORD_CHARACTERS: Final = 2048
 """vLLM tokenizes them for each choice, at 2 to 5 us a character."""
 _MAX_REPEATED: Final = {"bad_words": 2048, "allowed_token_ids": 2**18, "logit_bias": 2**18}
 """Entries times choices: what the engine is told of each choice."""
-
-_MAX_CONSTRAINT_BYTES_OF_ALL = 1024 * 1024
-"""A constraint's size times prompts times the choices generated for each."""
 
 _SMALLEST_TOP_P = 1e-9
 """Stands for 0, which OpenAI allows and vLLM does not: only the likeliest token is left."""
@@ -402,10 +400,10 @@ class CompletionRequest(Body):
             raise InvalidRequest(
                 f"{given.param} has {size} bytes; expected at most {MAX_CONSTRAINT_BYTES}.", param=given.param
             )
-        if size * candidates > _MAX_CONSTRAINT_BYTES_OF_ALL:
+        if size * candidates > MAX_CONSTRAINT_BYTES_OF_ALL:
             raise InvalidRequest(
                 f"{given.param} has {size} bytes, for each of {candidates} choices of all prompts; expected at most "
-                f"{_MAX_CONSTRAINT_BYTES_OF_ALL} bytes together. Ask for fewer choices, or send several requests.",
+                f"{MAX_CONSTRAINT_BYTES_OF_ALL} bytes together. Ask for fewer choices, or send several requests.",
                 param=given.param,
             )
 

@@ -17,6 +17,7 @@ from deployments.ingress.request_body import Body
 
 __all__ = [
     "MAX_CONSTRAINT_BYTES",
+    "MAX_CONSTRAINT_BYTES_OF_ALL",
     "ConstraintText",
     "GivenConstraint",
     "JsonSchema",
@@ -30,6 +31,8 @@ __all__ = [
 
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
 """Of one constraint as text, JSON included. llguidance compiles so much in some 20 ms."""
+MAX_CONSTRAINT_BYTES_OF_ALL: Final = 1024 * 1024
+"""A constraint's size times prompts times the choices generated for each: vLLM compiles it for each."""
 _MAX_NESTING: Final = 100
 """Objects and arrays within each other in a JSON schema; serde, which reads it behind us, stops at 127."""
 _MAX_LABELS: Final = 2000

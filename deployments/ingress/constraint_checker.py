@@ -23,7 +23,7 @@ import msgspec
 import structlog
 
 from deployments.contracts import CheckedConstraint, CheckedOutputs, ConstraintCheck, OutputCheck, pack, unpack
-from deployments.ingress.constraint_worker import LoadModel
+from deployments.ingress.constraint_limits import LoadModel
 from deployments.ingress.errors import Overloaded, ServiceUnavailable
 
 __all__ = ["ConstraintChecker"]

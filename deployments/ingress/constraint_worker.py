@@ -20,15 +20,10 @@ import msgspec
 
 from deployments.contracts import CheckedConstraint, ConstraintCheck, OutputCheck, pack
 from deployments.ingress.constraint_grammar import ModelGrammars
+from deployments.ingress.constraint_limits import CHECK_CPU_S, MEMORY_BYTES, OUTPUTS_CPU_S, LoadModel
 
-__all__ = ["CHECK_CPU_S", "MEMORY_BYTES", "OUTPUTS_CPU_S", "LoadModel", "main"]
+__all__ = ["main"]
 
-CHECK_CPU_S = 0.15
-"""For one constraint. vLLM does the same work once for each candidate, half of it on its event loop."""
-OUTPUTS_CPU_S = 5.0
-"""For one batch of outputs: 20,000 tokens take about 15 ms."""
-MEMORY_BYTES = 512 * 2**20
-"""More than the process has with its tokenizers."""
 _OUT_OF_MEMORY = 3
 """Exit status where Python noticed it."""
 _MAX_MODELS = 4
@@ -48,12 +43,6 @@ def main() -> None:
                 _send(connection, message)
             else:
                 _in_a_fork(connection, models[message.folder], message)
-
-
-class LoadModel(msgspec.Struct, frozen=True, tag="load"):
-    """Get ready for a model; answered by itself."""
-
-    folder: str
 
 
 def _send(connection: socket.socket, answer: msgspec.Struct) -> None:

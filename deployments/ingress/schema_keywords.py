@@ -31,8 +31,9 @@ HELD: Final[Mapping[str, str]] = {
     "required": "",
     "additionalProperties": "",
     "patternProperties": "where no name can match two of the patterns; else refused",
-    "minProperties": "",
-    "maxProperties": "",
+    "minProperties": "at most one more than `required` has: a name that is free may come twice, and parsers take "
+    "that for one. Only where all `properties` are required",
+    "maxProperties": "only where all `properties` are required",
     "items": "a schema; refused as an array, which `prefixItems` has replaced",
     "prefixItems": "",
     "minItems": "at most 10,000",
@@ -201,6 +202,12 @@ class _Walk:
             and ("properties" in held or "patternProperties" in held)
         ):
             held["additionalProperties"] = False
+        least, names = held.get("minProperties", 0), set(held.get("required", ()))
+        if least > len(names) + 1:
+            raise SchemaRefused(
+                f"The value of 'minProperties' at {place} is not supported: expected at most one more than 'required' "
+                "has names"
+            )
         return held
 
     def _keyword(self, held: dict[str, Any], keyword: str, value: Any, place: str) -> None:

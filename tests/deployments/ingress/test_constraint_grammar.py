@@ -62,6 +62,8 @@ def conforms(grammars: ModelGrammars, grammar: str, text: str, *, ended: bool = 
         ({"x-guidance": {"lenient": True}, "type": "string"}, "'x-guidance'"),
         ({"properties": {"a": {"type": "array", "contains": {}}}}, "#/properties/a"),
         ({"type": "array", "minItems": 1_000_000}, "'minItems'"),
+        ({"type": "object", "minProperties": 2}, "'minProperties'"),
+        ({"minProperties": 3, "required": ["a", "a"]}, "'minProperties'"),
         ({"type": "string", "maxLength": 10**9}, "'maxLength'"),
         ({"type": "number", "multipleOf": 0.01}, "'multipleOf'"),
         ({"const": 12345678901234567890}, "'const'"),
