@@ -153,7 +153,8 @@ class CompletionRequest(Body):
     """Choices have `prompt_token_ids` and `token_ids` too."""
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=20), _VLLM] = None
     """Choices tell the log probability of each token of the prompt, and of so many of the likeliest at its position.
-    Not with `stream`."""
+    Not with `stream`. One prompt has at most 65536 of them, and with all choices of all prompts there are at most
+    262144; so it is with `echo` and `logprobs`."""
     logprob_token_ids: Annotated[LogprobTokenIds | None, _VLLM] = None
     """`logprobs` tells these tokens at each generated position instead of the likeliest. Only with `logprobs`."""
     truncate_prompt_tokens: Annotated[int | None, Field(ge=-1, le=INT32_MAX), _VLLM] = None
