@@ -20,6 +20,11 @@ __all__ = ["vllm_server"]
 def vllm_server(model: Path, port: int, log: Path, limit_s: float = 240.0) -> Iterator[str]:
     """Its base URL; with the engine settings of tests/clusters/vllm.yaml."""
     command, environment = vllm_server_start(model, port)
+    command = [
+        *command,
+        "--structured-outputs-config",
+        '{"backend": "guidance"}',
+    ]  # as deployments/engine/vllm_engine.py
     with log.open("w") as output:
         server = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT)
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llguidance import grammar_from
 
 from deployments.contracts import Constraint, ConstraintCheck, ConstraintKind, Output, OutputCheck
 from deployments.ingress.constraint_grammar import ModelGrammars
@@ -188,6 +189,25 @@ def test_grammars_of_both_kinds_are_held(grammars: ModelGrammars, grammar: str) 
     text = grammar_of(grammars, "grammar", grammar)
     assert conforms(grammars, text, "no")
     assert not conforms(grammars, text, "nope")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("json", {"const": 'root ::= "a"\nstart: b\n%llguidance'}),
+        ("json_object", ""),
+        ("regex", 'a ::= "b"'),
+        ("choice", ["root ::= a", "\nstart: x"]),
+        ("grammar", 'root ::= "::="'),
+        ("grammar", 'start: "a"'),
+        ("structural_tag", {"structures": [{"begin": "<f>", "schema": {}, "end": ""}], "triggers": ["<f"]}),
+    ],
+    ids=str,
+)
+def test_vllm_takes_the_text_unchanged(grammars: ModelGrammars, kind: ConstraintKind, value: Any) -> None:
+    """It calls this for `StructuredOutputsParams(grammar=...)`, in backend_guidance.py."""
+    grammar = grammar_of(grammars, kind, value)
+    assert grammar_from("grammar", grammar) == grammar
 
 
 def test_labels_are_texts(grammars: ModelGrammars) -> None:
