@@ -40,6 +40,10 @@ __all__ = [
 
 _MARK = "MILLSTREAM_CLUSTER_ID"
 _TERMINATE_S = 10.0
+_HEADLESS_TERMINATE_S = 2.0
+"""For processes that have lost Ray's head: what they would tell it in an orderly end reaches nobody."""
+_HEAD_PROCESSES = ("gcs_server", "raylet")
+"""Without one of them nothing is scheduled, checked or replaced any more."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """Millstream passes no objects by reference, so the shared-memory store stays small."""
 _REPLICA_PORTS = 200
@@ -174,14 +178,26 @@ class RayNode:
         except FileNotFoundError:
             return None
 
-    def stop(self, home: Path, *, keep_logs: bool = False) -> int:
-        """End every process of the node; how many there were."""
+    def head_processes(self) -> dict[str, psutil.Process]:
+        """Those by name without which the node is lost. Raises RayNodeError when one is gone already."""
+        found = {}
+        for process in processes_of(self.cluster_id):
+            with suppress(psutil.NoSuchProcess):
+                if (name := process.name()) in _HEAD_PROCESSES:
+                    found[name] = process
+        if missing := [name for name in _HEAD_PROCESSES if name not in found]:
+            raise RayNodeError(f"Ray's {' and '.join(missing)} ended while the cluster started")
+        return found
+
+    def stop(self, home: Path, *, keep_logs: bool = False, headless: bool = False) -> int:
+        """End every process of the node; how many there were. `headless`: one of the head processes is gone."""
+        _stop_file(home).write_text(self.cluster_id)
         processes = processes_of(self.cluster_id)
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
         ended = len(processes)
-        psutil.wait_procs(processes, timeout=_TERMINATE_S)
+        psutil.wait_procs(processes, timeout=_HEADLESS_TERMINATE_S if headless else _TERMINATE_S)
         # What ignored the signal, is stopped, or was started meanwhile by something that was not dead yet.
         while stubborn := processes_of(self.cluster_id):
             for process in stubborn:
@@ -192,7 +208,15 @@ class RayNode:
             shutil.rmtree(self.folder, ignore_errors=True)
         if (recorded := self._recorded(home)) is not None and recorded.cluster_id == self.cluster_id:
             _state_file(home).unlink()
+        _stop_file(home).unlink(missing_ok=True)
         return ended
+
+    def is_stopping(self, home: Path) -> bool:
+        """Somebody has called `stop`, in whatever process."""
+        try:
+            return _stop_file(home).read_text() == self.cluster_id
+        except FileNotFoundError:
+            return False
 
 
 def processes_of(cluster_id: str) -> list[psutil.Process]:
@@ -299,6 +323,11 @@ def _bind(section: str, host: str) -> str:
 
 def _state_file(home: Path) -> Path:
     return home / "run" / "cluster.json"
+
+
+def _stop_file(home: Path) -> Path:
+    """Names the cluster that is being stopped."""
+    return home / "run" / "stopping"
 
 
 def write_secret(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import httpx
+import psutil
 import typer
 
 from deployments.meter.errors import AdminKeyError
@@ -66,6 +67,7 @@ def up(
         signal.signal(number, lambda *_: stopping.set())
     node: RayNode | None = None
     started = False
+    heads: dict[str, psutil.Process] = {}
     try:
         key = ensure_admin_key(home)
         folders = {model.name: prepare_model(model.source, home, report=_say) for model in config.models}
@@ -86,6 +88,8 @@ def up(
             api.apply(described)
             _await_running(api, config, stopping, time.monotonic() + timeout)
             _await_ready(node, stopping, time.monotonic() + _API_LIMIT_S)
+            if not stopping.is_set():
+                heads = node.head_processes()
     except (AdminKeyError, ModelSourceError, RayNodeError, ServeApiError, StartError) as error:
         typer.echo(f"The cluster did not start: {error}", err=True)
         if node is not None:
@@ -101,12 +105,31 @@ def up(
     if detach or not started:
         return
     _say("running in the foreground; Ctrl-C stops the cluster")
-    processes = processes_of(node.cluster_id)
+    lost = _await_end(node, home, heads, stopping)
+    if stopping.is_set():
+        _stop(node, home)
+    elif lost is None:
+        typer.echo("The cluster was stopped.", err=True)
+    else:
+        typer.echo(
+            f"Ray's {lost} (process {heads[lost].pid}) has ended, and without it nothing is checked or replaced any "
+            f"more. Stopping the rest. Why it ended may stand in {node.folder}/session_latest/logs/{lost}.err, or, if "
+            "the machine had no memory left, in the kernel's log.",
+            err=True,
+        )
+        ended = node.stop(home, keep_logs=True, headless=True)
+        _say(f"stopped: {ended} processes ended")
+        raise typer.Exit(1)
+
+
+def _await_end(node: RayNode, home: Path, heads: dict[str, psutil.Process], stopping: threading.Event) -> str | None:
+    """Until Ctrl-C, until the cluster has been stopped elsewhere, or until one of `heads` has ended: its name."""
     while not stopping.wait(1.0):
-        if not any(process.is_running() for process in processes):
-            typer.echo("The cluster was stopped.", err=True)
-            return
-    _stop(node, home)
+        ended = [name for name, process in heads.items() if not process.is_running()]
+        if ended and not node.is_stopping(home):
+            # `down` takes its note away when all have ended.
+            return ended[0] if processes_of(node.cluster_id) else None
+    return None
 
 
 @contextmanager

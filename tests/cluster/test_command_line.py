@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -56,16 +58,14 @@ def test_status_without_a_cluster_says_how_to_start_one(tmp_path: Path) -> None:
     assert "millstream up" in result.stderr
 
 
-@pytest.mark.parametrize("proxy", ["haproxy", "ray"])
-def test_up_serves_in_the_foreground_and_ctrl_c_ends_everything(smollm2: Path, tmp_path: Path, proxy: str) -> None:
-    """A second cluster beside the session's one, which is left alone."""
-    home, port = new_home(smollm2, tmp_path), free_port()
-    command = [sys.executable, "-m", "serve_app.cli", "up", str(_config(tmp_path, proxy=proxy)), "--port", str(port)]
+def _up_in_the_foreground(home: Path, port: int, config: Path) -> tuple[subprocess.Popen[str], str]:
+    """A second cluster beside the session's one, which is left alone; and what it said until it was up."""
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "serve_app.cli", "up", str(config), "--port", str(port)],
         cwd=ROOT,
         env={**os.environ, "MILLSTREAM_HOME": str(home)},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
@@ -75,6 +75,13 @@ def test_up_serves_in_the_foreground_and_ctrl_c_ends_everything(smollm2: Path, t
         printed += line
         if "Ctrl-C" in line:
             break
+    return process, printed
+
+
+@pytest.mark.parametrize("proxy", ["haproxy", "ray"])
+def test_up_serves_in_the_foreground_and_ctrl_c_ends_everything(smollm2: Path, tmp_path: Path, proxy: str) -> None:
+    home, port = new_home(smollm2, tmp_path), free_port()
+    process, printed = _up_in_the_foreground(home, port, _config(tmp_path, proxy=proxy))
     assert f"curl http://127.0.0.1:{port}/v1/completions" in printed
     node = RayNode.running(home)
     assert node is not None
@@ -91,6 +98,32 @@ def test_up_serves_in_the_foreground_and_ctrl_c_ends_everything(smollm2: Path, t
     assert "processes ended" in rest
     assert processes_of(node.cluster_id) == []
     assert not Path(node.folder).exists()
+
+
+@pytest.mark.parametrize("head", ["gcs_server", "raylet"])
+def test_up_ends_with_the_reason_when_rays_head_dies(smollm2: Path, tmp_path: Path, head: str) -> None:
+    home, port = new_home(smollm2, tmp_path), free_port()
+    process, _ = _up_in_the_foreground(home, port, _config(tmp_path))
+    node = RayNode.running(home)
+    assert node is not None
+    lost = node.head_processes()[head]
+    lost.kill()
+    began = time.monotonic()
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 10.0
+    assert f"Ray's {head} (process {lost.pid}) has ended" in complaint
+    assert processes_of(node.cluster_id) == []
+    assert RayNode.running(home) is None
+    shutil.rmtree(node.folder)  # the logs, which may tell why
+
+
+def test_up_in_the_foreground_hears_of_a_down_elsewhere(smollm2: Path, tmp_path: Path) -> None:
+    home, port = new_home(smollm2, tmp_path), free_port()
+    process, _ = _up_in_the_foreground(home, port, _config(tmp_path))
+    assert run_millstream(home, "down").returncode == 0
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (0, "The cluster was stopped.\n")
 
 
 def test_a_failed_start_says_which_part_and_why_and_leaves_nothing(smollm2: Path, tmp_path: Path) -> None:
