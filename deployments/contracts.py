@@ -291,6 +291,8 @@ class ConstraintCheck(msgspec.Struct, frozen=True, omit_defaults=True, tag="cons
     folder: str
     """Of the model."""
     constraint: Constraint
+    candidates: int = 1
+    """Of all prompts."""
     min_tokens: int = 0
     allowed_token_ids: tuple[int, ...] | None = None
     banned_token_ids: tuple[int, ...] = ()

@@ -172,6 +172,7 @@ class Completion:
             ConstraintCheck(
                 str(self.model.entry.folder),
                 given.constraint,
+                candidates=len(request.prompt) * request.candidates,
                 min_tokens=request.min_tokens or 0,
                 allowed_token_ids=tuple(request.allowed_token_ids) if request.allowed_token_ids else None,
                 banned_token_ids=tuple(

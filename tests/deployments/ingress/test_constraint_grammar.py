@@ -215,7 +215,23 @@ def test_labels_are_texts(grammars: ModelGrammars) -> None:
     grammar = grammar_of(grammars, "choice", labels)
     assert all(conforms(grammars, grammar, label) for label in labels)
     assert not conforms(grammars, grammar, "abc")
-    assert "special token" in refusal(grammars, "choice", ["<|im_end|>"])
+    special = grammar_of(grammars, "choice", ["<|im_end|>"])
+    letters = [token for letter in "<|im_end|>" for token in grammars.tokens(letter)]  # the token itself ends it
+    assert grammars.conforming(OutputCheck("", special, [Output(letters, True)])).conforming == [True]
+    assert not conforms(grammars, special, "")
+
+
+def test_a_grammar_that_makes_steps_slow_is_refused_for_many_choices(grammars: ModelGrammars) -> None:
+    slow = constraint_of("regex", "(.*a.{20}|.*b.{30}|.*c.{40})*")
+    assert grammars.check(ConstraintCheck("", slow)).grammar
+    refused = grammars.check(ConstraintCheck("", slow, candidates=128))
+    assert "128 choices" in refused.message
+    assert grammars.check(ConstraintCheck("", constraint_of("json", {"type": "object"}), candidates=1024)).grammar
+
+
+def test_fixed_text_does_not_make_steps_slow(grammars: ModelGrammars) -> None:
+    fixed = constraint_of("json", {"const": "word " * 12_000})
+    assert grammars.check(ConstraintCheck("", fixed, candidates=16)).grammar
 
 
 def test_a_structural_tag_holds_its_schema(grammars: ModelGrammars) -> None:
