@@ -170,6 +170,7 @@ def api_reference() -> str:
                 _HEAD,
                 "## Endpoints\n",
                 _table(("endpoint", "what it does", "key"), _endpoints()),
+                "HEAD is answered wherever GET is.\n",
                 _DIALECTS,
                 _dialect_table(),
                 _BODIES,

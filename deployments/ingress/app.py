@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.contracts import IngressCounters, KeyInfo
@@ -153,6 +154,7 @@ def build_app(
         ]
         return Response(metrics_text(meters, ingresses, pools), media_type=METRICS_TYPE)
 
+    @app.get("/health")  # vLLM's name, at which GuideLLM, aiperf and container images look
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process runs."""
@@ -181,6 +183,7 @@ def build_app(
     app.router.routes.extend(administration_routes(meter.administer, caller, read_body))
     app.router.routes.extend(usage_routes(meter.usage, caller))
     app.router.routes.extend(documentation_routes())
+    _answer_head(app)
 
     @app.exception_handler(ApiError)
     async def on_api_error(_request: Request, error: ApiError) -> Response:
@@ -207,6 +210,13 @@ def build_app(
         write_timeout_s=settings.write_timeout_s,
         cors_origins=settings.cors_origins,
     )
+
+
+def _answer_head(app: FastAPI) -> None:
+    """HEAD wherever GET is, as Starlette's own routes have it: FastAPI's do not. The server drops the body."""
+    for route in app.routes:
+        if isinstance(route, Route) and "GET" in (methods := route.methods or set()):
+            methods.add("HEAD")
 
 
 def _model_card(model: ServedModel) -> dict[str, Any]:

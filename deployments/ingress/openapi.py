@@ -268,15 +268,18 @@ def _operations() -> Json:
                 security=ADMIN_SECURITY,
             )
         },
-        "/healthz": {
-            "get": operation(
-                "operation",
-                "Tell whether the process runs",
-                "health",
-                answered("It does.", json_content("Health")),
-                500,
-                **public,
-            )
+        **{
+            path: {
+                "get": operation(
+                    "operation",
+                    "Tell whether the process runs",
+                    name,
+                    answered("It does.", json_content("Health")),
+                    500,
+                    **public,
+                )
+            }
+            for path, name in (("/healthz", "health"), ("/health", "healthAsInVllm"))
         },
         "/readyz": {"get": ready},
         "/openapi.json": {
@@ -313,7 +316,7 @@ def openapi_document() -> Json:
             "title": "Millstream",
             "version": version("millstream"),
             "description": "OpenAI-compatible completions. Of a key that comes twice in a JSON object the last one "
-            "counts; a parameter that is not listed is refused by name.",
+            "counts; a parameter that is not listed is refused by name. HEAD is answered wherever GET is.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],

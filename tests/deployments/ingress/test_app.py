@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from deployments.contracts import KeyInfo, Sampling
 from deployments.ingress.completion import Completion
+from deployments.ingress.openapi import openapi_document
 from deployments.ingress.wire import ChoiceDelta
 from deployments.meter.meter_transport import MeterUnreachable
 from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, text_of
@@ -700,9 +701,27 @@ async def test_health_needs_no_key_and_no_meter(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
         gate.meter.error = MeterUnreachable("gone")
         del gate.client.headers["authorization"]
-        response = await gate.client.get("/healthz")
-        assert (response.status_code, response.json()) == (200, {"status": "ok"})
+        for path in ("/healthz", "/health"):
+            response = await gate.client.get(path)
+            assert (response.status_code, response.json()) == (200, {"status": "ok"})
         gate.meter.error = None
+
+
+@in_virtual_time
+async def test_head_is_answered_like_get_on_every_route(tmp_path: Path) -> None:
+    admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+    not_in_memory = ("/v1/usage", "/v1/organization/", "/admin/v1/keys", "/admin/v1/teams")
+    gets = [path for path, methods in openapi_document()["paths"].items() if "get" in methods]
+    async with gateway(tmp_path) as gate:
+        for path in gets:
+            if path.startswith(not_in_memory):
+                continue
+            url = path.replace("{model}", "m")
+            got = await gate.client.get(url, headers=admin)
+            head = await gate.client.head(url, headers=admin)
+            assert (head.status_code, head.headers["content-type"]) == (200, got.headers["content-type"]), path
+        assert (await gate.client.head("/metrics")).status_code == 403
+        assert (await gate.client.head("/v1/completions")).status_code == 405
 
 
 async def readiness(gate: Gateway) -> tuple[int, dict[str, Any]]:
