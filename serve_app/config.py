@@ -155,6 +155,12 @@ def _model_name(name: str) -> str:
     return name
 
 
+def _hub_id(name: str) -> str:
+    if source_kind(name) != "hub":
+        raise _unexpected("a hub id owner/name")
+    return name
+
+
 def _gpu_count(gpus: float) -> float:
     if gpus > 1 and gpus != int(gpus):
         raise _unexpected("a whole number of GPUs, or a fraction below 1 of one GPU")
@@ -415,6 +421,9 @@ class ModelConfig(_Section):
     source: str
     """Weights and tokenizer: `package://NAME`, a folder or a hub id `owner/name` (see model_source.py). The
     path of a folder is relative to the folder of cluster.yaml, and absolute once loaded."""
+    hub_id: Annotated[str, AfterValidator(_hub_id)] | None = None
+    """The hub's name of the model, `owner/name`, which clients are told as `root` and load its tokenizer by. Of a
+    `source` that is a hub id it is known."""
     engine: EngineConfig
     resources: ModelResources = ModelResources()
     replicas: PoolSize = PoolSize()

@@ -136,14 +136,36 @@ class CompletionChunk(_Head):
     """Only with `stream_options.include_usage`."""
 
 
+class ModelPermission(_Answer):
+    """The same of every model: what a key may do is told by the key."""
+
+    id: str
+    object: Literal["model_permission"]
+    created: int
+    allow_create_engine: Literal[False]
+    allow_sampling: Literal[True]
+    allow_logprobs: Literal[True]
+    allow_search_indices: Literal[False]
+    allow_view: Literal[True]
+    allow_fine_tuning: Literal[False]
+    organization: Literal["*"]
+    group: None
+    is_blocking: Literal[False]
+
+
 class Model(_Answer):
     id: str
     object: Literal["model"]
     created: int
     """Unix time in seconds since which this server has it."""
     owned_by: str
+    root: str
+    """The name by which the Hugging Face hub knows it, where the operator told it: clients load its tokenizer by that.
+    Else `id`."""
+    parent: None
     max_model_len: int
     """Tokens of a prompt and its completion together, at most."""
+    permission: list[ModelPermission]
 
 
 class ModelList(_Answer):

@@ -220,12 +220,32 @@ def _answer_head(app: FastAPI) -> None:
 
 
 def _model_card(model: ServedModel) -> dict[str, Any]:
+    """In the shape of vLLM's, on whose fields its own clients insist."""
+    name = model.entry.name
     return {
-        "id": model.entry.name,
+        "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "millstream",
+        "root": model.entry.root or name,
+        "parent": None,
         "max_model_len": model.entry.max_model_len,
+        "permission": [
+            {
+                "id": f"modelperm-{name}",
+                "object": "model_permission",
+                "created": model.created,
+                "allow_create_engine": False,
+                "allow_sampling": True,
+                "allow_logprobs": True,
+                "allow_search_indices": False,
+                "allow_view": True,
+                "allow_fine_tuning": False,
+                "organization": "*",
+                "group": None,
+                "is_blocking": False,
+            }
+        ],
     }
 
 

