@@ -67,6 +67,7 @@ _NOT_OF_REPLICAS = {
     "max_held_tokens",
     "infilling",
     "hub_id",
+    "aliases",
 }
 """What of a model its engine replicas need not know."""
 
@@ -94,7 +95,9 @@ class ModelArguments(BaseModel, frozen=True, extra="forbid"):
 
 
 def application_name(model: str) -> str:
-    return f"model-{model}"
+    """Serve and the controller's board make file names of it, and it stands in URLs, so a slash becomes `~`, which no
+    model's name has."""
+    return f"model-{model.replace('/', '~')}"
 
 
 def build_gateway(arguments: GatewayArguments) -> Application:
@@ -183,6 +186,7 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
     catalog = [
         {
             "name": model.name,
+            "aliases": list(model.aliases),
             "root": model.hub_id or (model.source if source_kind(model.source) == "hub" else ""),
             "application": application_name(model.name),
             "folder": str(folders[model.name]),
@@ -207,6 +211,7 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
     metered = [
         {
             "name": model.name,
+            "aliases": list(model.aliases),
             "folder": str(folders[model.name]),
             "max_model_len": lengths[model.name],
             "prompt_price": model.price.prompt,

@@ -162,7 +162,8 @@ class Model(_Answer):
     root: str
     """The name by which the Hugging Face hub knows it, where the operator told it: clients load its tokenizer by that.
     Else `id`."""
-    parent: None
+    parent: str | None
+    """Of an alias: the model's own name, which answers and usage have."""
     max_model_len: int
     """Tokens of a prompt and its completion together, at most."""
     permission: list[ModelPermission]

@@ -130,12 +130,12 @@ def build_app(
 
     @app.get("/v1/models")
     async def list_models(key: Caller) -> dict[str, Any]:
-        usable = [model for model in catalog.models() if key.models is None or model.entry.name in key.models]
-        return {"object": "list", "data": [_model_card(model) for model in usable]}
+        usable = [model for model in catalog.models() if _usable(model, key)]
+        return {"object": "list", "data": [_model_card(model, name) for model in usable for name in model.entry.names]}
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")  # names have slashes
     async def retrieve_model(model: str, _key: Caller) -> dict[str, Any]:
-        return _model_card(catalog.find(model))
+        return _model_card(catalog.find(model), model)
 
     @app.get("/admin/v1/replicas")
     async def list_replicas(request: Request) -> dict[str, Any]:
@@ -219,16 +219,20 @@ def _answer_head(app: FastAPI) -> None:
             methods.add("HEAD")
 
 
-def _model_card(model: ServedModel) -> dict[str, Any]:
-    """In the shape of vLLM's, on whose fields its own clients insist."""
-    name = model.entry.name
+def _usable(model: ServedModel, key: KeyInfo) -> bool:
+    """The meter decides on requests in the same way (deployments/meter/admission.py)."""
+    return key.models is None or any(name in key.models for name in model.entry.names)
+
+
+def _model_card(model: ServedModel, name: str) -> dict[str, Any]:
+    """Under `name`, one of its names, in the shape of vLLM's, on whose fields its own clients insist."""
     return {
         "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "millstream",
-        "root": model.entry.root or name,
-        "parent": None,
+        "root": model.entry.root or model.entry.name,
+        "parent": None if name == model.entry.name else model.entry.name,
         "max_model_len": model.entry.max_model_len,
         "permission": [
             {

@@ -46,6 +46,8 @@ class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
     """One model as the application builder (serve_app/applications.py) describes it to the ingress."""
 
     name: str
+    aliases: tuple[str, ...] = ()
+    """More names by which clients may ask for it."""
     root: str = ""
     """The name by which the Hugging Face hub knows the model; empty where it is not known."""
     application: str
@@ -59,6 +61,11 @@ class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
     limits: PoolLimits
     min_replicas: int = 1
     max_replicas: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its own, and the aliases."""
+        return self.name, *self.aliases
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class Catalog:
         self._open_pool = open_pool
         self._entries: dict[str, CatalogEntry] = {}
         self._served: dict[str, ServedModel] = {}
+        self._aliases: dict[str, str] = {}
+        """The model's own name by each of the others."""
         self._retired: list[EnginePool] = []
         """Pools of models that have gone, while their last streams run."""
         self._refreshing = asyncio.Lock()
@@ -103,12 +112,13 @@ class Catalog:
     async def replace(self, entries: list[CatalogEntry]) -> None:
         """Take a new list of models. Returns when all of them that exist can be served."""
         self._entries = {entry.name: entry for entry in entries}
+        self._aliases = {alias: entry.name for entry in entries for alias in entry.aliases}
         await self.refresh()
 
     def find(self, name: str) -> ServedModel:
-        """Raises ModelNotFound."""
+        """`name` may be an alias. Raises ModelNotFound."""
         try:
-            return self._served[name]
+            return self._served[self._aliases.get(name, name)]
         except KeyError:
             raise ModelNotFound(
                 f"The model '{name}' does not exist. GET /v1/models lists the models you can use.",

@@ -49,7 +49,7 @@ class CompletionResponse(Response):
             "id": completion.id,
             "object": "text_completion",
             "created": completion.created,
-            "model": completion.request.model,
+            "model": completion.model.entry.name,
             "system_fingerprint": completion.model.entry.fingerprint,
         }
         self._limits = rate_limit_headers(completion.rate_limits)

@@ -403,6 +403,34 @@ async def test_cards_of_models_have_what_vllms_clients_read(tmp_path: Path) -> N
 
 
 @in_virtual_time
+async def test_a_model_answers_to_its_aliases_and_is_metered_under_its_own_name(tmp_path: Path) -> None:
+    name = "Qwen/Qwen2.5-7B"
+    async with gateway(tmp_path, models=(name, "other"), aliases=("gpt-4", "Qwen/latest")) as gate:
+        cards = (await gate.client.get("/v1/models")).json()["data"]
+        own = [(name, None), ("gpt-4", name), ("Qwen/latest", name)]
+        assert [(card["id"], card["parent"]) for card in cards] == [*own, ("other", None)]
+        assert {card["root"] for card in cards} == {name, "other"}
+        for asked, parent in own:
+            for url in (asked, asked.replace("/", "%2F")):
+                card = (await gate.client.get(f"/v1/models/{url}")).json()
+                assert (card["id"], card["parent"]) == (asked, parent)
+            assert (await gate.complete(model=asked)).json()["model"] == name
+            assert {chunk["model"] for chunk in (await gate.stream(model=asked))[:-1]} == {name}
+            tokens = await gate.client.post("/tokenize", json={"model": asked, "prompt": "ab"})
+            assert tokens.json()["count"] == 2
+        await quiet()
+        assert {admission.model for admission in gate.meter.admissions} == {name}
+        assert {settled.account.model for settled in gate.meter.settlements} == {name}
+        for allowed in (name, "Qwen/latest"):  # a key for one of its names sees them all
+            gate.meter.grant("k", KeyInfo("key-k", "k", admin=False, models=(allowed,)))
+            seen = (await gate.client.get("/v1/models", headers={"authorization": "Bearer k"})).json()["data"]
+            assert [(card["id"], card["parent"]) for card in seen] == own
+            await asyncio.sleep(5)
+        missing = await gate.client.get("/v1/models/Qwen/none")
+        assert_error(missing, 404, "model_not_found", param="model", words="'Qwen/none'")
+
+
+@in_virtual_time
 async def test_unknown_models_routes_and_methods(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
         assert_error(await gate.complete(model="x"), 404, "model_not_found", param="model", words="'x'")
