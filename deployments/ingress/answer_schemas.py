@@ -134,6 +134,8 @@ class CompletionChunk(_Head):
     """None in the chunk that `stream_options.include_usage` asks for."""
     usage: Usage | None = None
     """Only with `stream_options.include_usage`."""
+    obfuscation: str = ""
+    """Only with `stream_options.include_obfuscation`: random letters."""
 
 
 class ModelPermission(_Answer):

@@ -53,7 +53,7 @@ _PARAMETERS: Final = """\
 ## Parameters of a completion
 
 The source is the document that a parameter comes from: OpenAI's Completions reference, vLLM 0.32's `CompletionRequest`,
-and, where they name it, the documents of the dialects.
+and, where they name it, the documents of the dialects; or another server, whose clients send it.
 """
 
 _NARROWED: Final = """\
@@ -61,10 +61,10 @@ _NARROWED: Final = """\
 """
 
 _NOT_SERVED: Final = """\
-### What is known from vLLM and not served
+### What is known from other servers and not served
 
-Null and the value in the table are accepted, so that clients that send every parameter go on working. All else is
-refused.
+Null and the value in the table are accepted, so that clients that send every parameter go on working, and so is an
+empty array where the value is an empty text. All else is refused.
 """
 
 _ANSWER: Final = """\
@@ -312,7 +312,7 @@ def _not_served() -> Iterator[tuple[str, str, str, str]]:
     for name, field in CompletionRequest.model_fields.items():
         reason = _reason(field.metadata)
         if reason is not None:
-            neutral = "" if reason.neutral is None else f"`{_json(reason.neutral)}`"
+            neutral = "" if reason.neutral is None else f"`{_json(reason.neutral)}`".replace("``", '`""`')
             yield f"`{name}`", neutral, reason.reason, _source(field.metadata)
 
 

@@ -107,6 +107,7 @@ class CompletionResponse(Response):
         completion = self._completion
         options = completion.request.stream_options
         usage_follows = options is not None and bool(options.include_usage)
+        obfuscated = options is not None and bool(options.include_obfuscation)
         continuous = usage_follows and options is not None and bool(options.continuous_usage_stats)  # as in vLLM
         template = ChunkTemplate(self._head, usage_follows=usage_follows)
         idle = _IdleTimer(self._idle_limit_s, completion.wake)
@@ -116,9 +117,11 @@ class CompletionResponse(Response):
                     template.chunk(delta, completion.usage_of(delta.choice) if continuous else None)
                     for delta in await completion.deltas()
                 ]
+                if completion.finished and usage_follows:
+                    chunks.append(template.usage(completion.usage()))
+                if obfuscated:
+                    chunks = list(map(template.obfuscated, chunks))
                 if completion.finished:
-                    if usage_follows:
-                        chunks.append(template.usage(completion.usage()))
                     chunks.append(DONE)
                     completion.settle("finished")
                 elif not chunks and idle.due:

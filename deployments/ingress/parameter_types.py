@@ -216,8 +216,9 @@ JsonSchemaOrText = Annotated[
 
 @dataclass(frozen=True)
 class NotServed:
-    """A parameter that clients know from vLLM and that has no effect here. Null and its neutral value, with which it
-    has none there either, are accepted; all others are refused with the reason. For `Annotated`."""
+    """A parameter that clients know from other servers and that has no effect here. Null and its neutral value, with
+    which it has none there either, are accepted; all others are refused with the reason. For `Annotated`. An empty
+    array is as neutral as an empty text, where that is it."""
 
     reason: str
     neutral: str | float | bool | None = None
@@ -225,11 +226,14 @@ class NotServed:
     def _check(self, value: Any) -> Any:
         if value is None or (value == self.neutral and isinstance(value, bool) == isinstance(self.neutral, bool)):
             return value
+        if value == [] and self.neutral == "":
+            return value
         raise ValueError(self.reason)
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)
 
     def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        accepted: JsonSchemaValue = {"type": "null"} if self.neutral is None else {"enum": [None, self.neutral]}
+        empty = [[]] if self.neutral == "" else []
+        accepted: JsonSchemaValue = {"type": "null"} if self.neutral is None else {"enum": [None, self.neutral, *empty]}
         return accepted | {"description": f"Not served: {self.reason}."}

@@ -7,6 +7,7 @@ from bytes: a third of the time of building a dictionary and dumping it with msg
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from secrets import token_hex
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -17,6 +18,9 @@ __all__ = ["DONE", "KEEP_ALIVE", "Choice", "ChoiceDelta", "ChunkTemplate", "Usag
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+
+_OBFUSCATED_BYTES = 256
+_OBFUSCATED_END = b'"}\n\n'
 
 _to_json = msgspec.json.encode
 
@@ -112,6 +116,14 @@ class ChunkTemplate:
             b"" if delta.token_ids is None else _token_ids(delta),
             self._tail if usage is None else b'}],"usage":%b}\n\n' % _to_json(usage.fields()),
         )
+
+    @staticmethod
+    def obfuscated(chunk: bytes) -> bytes:
+        """`chunk` with a field of random letters that makes its length a multiple of _OBFUSCATED_BYTES. In OpenAI's
+        streams it stands against those who tell texts by the sizes of encrypted packets."""
+        begin = chunk.removesuffix(b"}\n\n") + b',"obfuscation":"'
+        missing = -(len(begin) + len(_OBFUSCATED_END)) % _OBFUSCATED_BYTES
+        return begin + token_hex(missing)[:missing].encode() + _OBFUSCATED_END
 
     def usage(self, usage: Usage) -> bytes:
         """The last chunk of a stream whose caller asked for usage: no choices."""

@@ -430,6 +430,24 @@ async def test_a_model_answers_to_its_aliases_and_is_metered_under_its_own_name(
         assert_error(missing, 404, "model_not_found", param="model", words="'Qwen/none'")
 
 
+@pytest.mark.parametrize("usage_too", [False, True])
+def test_obfuscated_chunks_are_of_like_sizes(tmp_path: Path, usage_too: bool) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as gate:
+            options = {"include_obfuscation": True, "include_usage": usage_too}
+            response = await gate.complete(stream=True, stream_options=options, logprobs=2)
+            *events, done = response.content.removesuffix(b"\n\n").split(b"\n\n")
+            assert done == b"data: [DONE]"
+            assert {(len(event) + 2) % 256 for event in events} == {0}
+            chunks = [json.loads(event.removeprefix(b"data: ")) for event in events]
+            assert text_in(chunks) == made_up("hello")
+            assert len({chunk["obfuscation"] for chunk in chunks}) > 1
+            plain = await gate.stream(stream_options={"include_obfuscation": False})
+            assert all("obfuscation" not in chunk for chunk in plain[:-1])
+
+    run_in_virtual_time(scenario())
+
+
 @in_virtual_time
 async def test_unknown_models_routes_and_methods(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
