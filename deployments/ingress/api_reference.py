@@ -57,7 +57,7 @@ and, where they name it, the documents of the dialects; or another server, whose
 """
 
 _NARROWED: Final = """\
-### What a dialect narrows or adds
+### What a dialect narrows, widens or adds
 """
 
 _NOT_SERVED: Final = """\

@@ -1,7 +1,8 @@
 """The faces of the one completion endpoint: what clients of four APIs send and expect, as data over one request.
 
-All take every parameter of completion_request.py, narrowed where their documents are narrower, and answer alike but for
-what stands here. docs/api.md has them side by side, made from these instances.
+All take every parameter of completion_request.py, narrowed where their documents are narrower and with vLLM's limits
+where only OpenAI's document has narrower ones, and answer alike but for what stands here. docs/api.md has them side by
+side, made from these instances.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class CompletionRequestD1(CompletionRequest):
     """Wins over `max_tokens`."""
     stop: Annotated[StopArray, Source("D1")] = ()
     """Texts that end a choice; they are not part of its text."""
+    logprobs: Annotated[int | None, Field(ge=0, le=20), Source("vLLM")] = None
+    """Tells the log probability of each token, and of so many of the likeliest at its position."""
 
     @property
     def tokens_per_choice(self) -> int:
@@ -69,6 +72,8 @@ class CompletionRequestD2(CompletionRequest):
     """Randomness of sampling; 0 always takes the likeliest token."""
     stop: Annotated[StopsOfOneOrMore, Source("D2")] = ()
     """Texts that end a choice; they are not part of its text."""
+    logprobs: Annotated[int | None, Field(ge=0, le=20), Source("vLLM")] = None
+    """Tells the log probability of each token, and of so many of the likeliest at its position."""
 
 
 class Credential(NamedTuple):

@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 _MAX_STOPS = 4
+"""OpenAI's."""
+_MAX_STOPS_OF_ARRAYS = 64
+"""Of the dialects whose documents name no limit. vLLM has none either; this bounds the search for them."""
 _MAX_BIASED_TOKENS = 1024
 _MAX_EXTRA_ARGUMENTS = 64
 
@@ -91,33 +94,42 @@ TextPrompt = Annotated[list[str | list[int]], PlainValidator(_text_prompt, json_
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stops, list) or len(stops) > _MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise ValueError(f"expected a non-empty string or an array of up to {_MAX_STOPS} of them")
-    return tuple(stops)
+    stops = [value] if isinstance(value, str) else value
+    return _checked(stops, _MAX_STOPS, f"a non-empty string or an array of up to {_MAX_STOPS} of them")
 
 
 def _stop_array(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise ValueError(f"expected an array of up to {_MAX_STOPS} non-empty strings")
-    return _stops(value)
+    return _checked(value, _MAX_STOPS_OF_ARRAYS, f"an array of up to {_MAX_STOPS_OF_ARRAYS} non-empty strings")
 
 
 def _stops_of_one_or_more(value: Any) -> tuple[str, ...]:
-    if value == []:
-        raise ValueError(f"expected an array of 1 to {_MAX_STOPS} non-empty strings")
-    return _stop_array(value)
+    stops = 0 if value == [] else value
+    return _checked(stops, _MAX_STOPS_OF_ARRAYS, f"an array of 1 to {_MAX_STOPS_OF_ARRAYS} non-empty strings")
+
+
+def _checked(stops: Any, most: int, expected: str) -> tuple[str, ...]:
+    if stops is None:
+        return ()
+    if not isinstance(stops, list) or len(stops) > most or not all(isinstance(each, str) and each for each in stops):
+        raise ValueError(f"expected {expected}")
+    return tuple(stops)
 
 
 _Stop = Annotated[str, Field(min_length=1)]
 _StopArray = Annotated[list[_Stop], Field(max_length=_MAX_STOPS)]
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=_Stop | _StopArray | None)]
-StopArray = Annotated[tuple[str, ...], PlainValidator(_stop_array, json_schema_input_type=_StopArray | None)]
+StopArray = Annotated[
+    tuple[str, ...],
+    PlainValidator(
+        _stop_array,
+        json_schema_input_type=Annotated[list[_Stop], Field(max_length=_MAX_STOPS_OF_ARRAYS)] | None,
+    ),
+]
 StopsOfOneOrMore = Annotated[
     tuple[str, ...],
     PlainValidator(
         _stops_of_one_or_more,
-        json_schema_input_type=Annotated[list[_Stop], Field(min_length=1, max_length=_MAX_STOPS)] | None,
+        json_schema_input_type=Annotated[list[_Stop], Field(min_length=1, max_length=_MAX_STOPS_OF_ARRAYS)] | None,
     ),
 ]
 

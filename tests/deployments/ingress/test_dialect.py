@@ -139,14 +139,23 @@ def test_only_texts_are_prompts_of_d1_and_d2(prompt: Any) -> None:
         assert parse(dialect, prompt=prompt)
 
 
+@EACH
+def test_logprobs_and_stops_have_vllms_limits_where_no_document_narrows_them(dialect: Dialect) -> None:
+    most_logprobs, most_stops = (20, 64) if dialect in (D1, D2) else (5, 4)
+    assert parse(dialect, logprobs=most_logprobs, stop=["a"] * most_stops).logprobs == most_logprobs
+    assert refused(dialect, logprobs=most_logprobs + 1).param == "logprobs"
+    assert refused(dialect, stop=["a"] * (most_stops + 1)).param == "stop"
+
+
 def test_stop_of_d1_and_d2_is_an_array() -> None:
     for dialect in (D1, D2):
-        assert "an array of up to 4" in refused(dialect, stop="a").message
-        assert refused(dialect, stop=["a"] * 5).param == "stop"
+        assert "64 non-empty strings" in refused(dialect, stop="a").message
+        assert refused(dialect, stop=["a"] * 65).param == "stop"
         assert parse(dialect, stop=["a", "b"]).stop == ("a", "b")
+        assert len(parse(dialect, stop=list(map(str, range(64)))).stop) == 64
         assert parse(dialect, stop=None).stop == ()
     assert parse(D1, stop=[]).stop == ()
-    assert "1 to 4" in refused(D2, stop=[]).message
+    assert "1 to 64" in refused(D2, stop=[]).message
     for dialect in (D0, D3):
         assert parse(dialect, stop="a").stop == ("a",)
 
