@@ -80,7 +80,7 @@ def build_app(
         try:
             return await meter.authenticate("")  # who it is if the cluster requires no keys
         except InvalidApiKey:
-            raise dialect.missing_key() from None
+            raise dialect.missing_key(request.headers) from None
 
     async def caller(request: Request) -> KeyInfo:
         return await authenticated(request, dialect_of(D3.path, request.headers))

@@ -115,9 +115,14 @@ class Dialect:
                 return value
         return ""
 
-    def missing_key(self) -> InvalidApiKey:
+    def missing_key(self, headers: Mapping[str, str]) -> InvalidApiKey:
+        """Of `headers` in which `key` found none."""
         header, bare = self.credentials[0]
         usage = f"'{header}: {'' if bare else 'Bearer '}KEY'"
+        if value := headers.get(_BEARER.header, "").strip():
+            scheme = value.split(None, 1)[0].lower()
+            wrong = "has no key behind Bearer" if scheme == "bearer" else "does not begin with Bearer"
+            return InvalidApiKey(f"The header '{_BEARER.header}' {wrong}. Send the API key as {usage}.")
         return InvalidApiKey(f"You didn't provide an API key. Send it in the header {usage}.")
 
     def parse(self, body: bytes, query_model: str | None) -> CompletionRequest:

@@ -95,7 +95,27 @@ def test_where_the_key_is(headers: dict[str, str], keys: tuple[str, ...]) -> Non
     ],
 )
 def test_who_sends_no_key_is_told_how(dialect: Dialect, usage: str) -> None:
-    assert usage in dialect.missing_key().message
+    told = dialect.missing_key(Headers({})).message
+    assert "didn't provide" in told
+    assert usage in told
+
+
+@pytest.mark.parametrize("dialect", [D0, D1, D3], ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        ("sk-secret", "does not begin with Bearer"),
+        ("Basic secret", "does not begin with Bearer"),
+        ("Bearersecret", "does not begin with Bearer"),
+        ("Bearer ", "has no key behind Bearer"),
+    ],
+)
+def test_who_sends_a_key_in_another_form_is_told_so(dialect: Dialect, value: str, wrong: str) -> None:
+    headers = Headers({"authorization": value})
+    assert dialect.key(headers) == ""
+    told = dialect.missing_key(headers).message
+    assert wrong in told
+    assert "secret" not in told
 
 
 # --- the body ------------------------------------------------------------------------------------------------------
