@@ -46,7 +46,8 @@ Bodies are JSON objects, declared as `content-type: application/json`. They are 
   1.0 for an integer, no NaN.
 - Null stands for the default.
 - Of a key that comes twice in an object the last one counts.
-- Invalid UTF-8 and lone surrogates are refused.
+- Invalid UTF-8, lone surrogates and a byte order mark are refused.
+- A body may be packed with gzip, `content-encoding: gzip`; its limit holds for what it unpacks to.
 """
 
 _PARAMETERS: Final = """\

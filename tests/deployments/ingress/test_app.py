@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -461,6 +462,56 @@ async def test_unknown_models_routes_and_methods(tmp_path: Path) -> None:
         assert_error(await gate.client.delete("/v1/models"), 405, None)
         await quiet()
         assert (gate.meter.admissions, gate.meter.settlements) == ([], [])
+
+
+PACKED = {"content-type": "application/json", "content-encoding": "gzip"}
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "GZIP", "identity", ""])
+def test_a_body_may_be_packed_with_gzip(tmp_path: Path, encoding: str) -> None:
+    plain = b'{"model":"m","prompt":"hello"}'
+    body = gzip.compress(plain[:9]) + gzip.compress(plain[9:]) if "gzip" in encoding.lower() else plain
+
+    async def scenario() -> None:
+        async with gateway(tmp_path) as gate:
+            for path in ("/v1/completions", "/tokenize"):
+                response = await gate.client.post(path, content=body, headers=PACKED | {"content-encoding": encoding})
+                assert response.status_code == 200, response.text
+            await quiet()
+
+    run_in_virtual_time(scenario())
+
+
+@in_virtual_time
+async def test_a_packed_body_is_unpacked_no_further_than_the_limit(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as gate:
+        many = gzip.compress(b" " * BODY_LIMIT_BYTES) + gzip.compress(b" ")
+        for bomb in (gzip.compress(b" " * 2**20), many):
+            assert len(bomb) < BODY_LIMIT_BYTES
+            response = await gate.client.post("/v1/completions", content=bomb, headers=PACKED)
+            assert_error(response, 413, None, words="4096 bytes, once it is unpacked")
+        packed = gzip.compress(b"{}")
+        for broken, words in (
+            (b"{}", "not what gzip makes"),
+            (packed[:-1], "ends before"),
+            (packed + b"xyz", "not what"),
+            (packed * 9, "more than 8 pieces"),
+        ):
+            response = await gate.client.post("/v1/completions", content=broken, headers=PACKED)
+            assert_error(response, 400, None, words=words)
+        assert (await gate.client.post("/v1/completions", content=b"", headers=PACKED)).status_code == 400
+        await quiet()
+        assert (gate.meter.admissions, gate.meter.settlements) == ([], [])
+
+
+@in_virtual_time
+async def test_other_encodings_are_refused_with_the_one_there_is(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as gate:
+        for encoding in ("deflate", "br", "zstd", "gzip, gzip", "x" * 1000):
+            headers = PACKED | {"content-encoding": encoding}
+            response = await gate.client.post("/v1/completions", content=b"{}", headers=headers)
+            assert_error(response, 415, None, words="expected 'gzip'")
+            assert response.headers["accept-encoding"] == "gzip"
 
 
 @in_virtual_time

@@ -675,7 +675,7 @@ def test_a_body_that_is_no_json_is_told_where(body: bytes) -> None:
     error = refused(body)
     assert error.param is None
     assert error.message.startswith("The body is not valid JSON: ")
-    assert " at line 1 column " in error.message
+    assert " at line 1 column " in error.message or "it begins with a byte order mark" in error.message
     assert len(error.message) < 150
 
 
@@ -782,3 +782,11 @@ def test_what_would_have_an_effect_elsewhere_is_refused_by_name(name: str, value
     with pytest.raises(InvalidRequest, match=advice) as error:
         parse(**{name: value})
     assert error.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16"), ("utf-32", "UTF-32")], ids=lambda each: each
+)
+def test_a_byte_order_mark_is_named(encoding: str, name: str) -> None:
+    message = refused('{"model":"m","prompt":"p"}'.encode(encoding)).message
+    assert message == f"The body is not valid JSON: it begins with a byte order mark of {name}. Send UTF-8 without one."
