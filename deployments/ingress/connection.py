@@ -34,10 +34,10 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PIECE_BYTES = 64 * 1024
 """A larger body is written in pieces of this size. A server holds back the write after one that has filled its buffer,
 so an answer in one piece would never be held back, and nobody would notice that the client does not take it."""
-_CORS_REQUEST_HEADERS = ("Authorization", "Content-Type", "x-llm-api-key", "x-request-id")
 _CORS_RESPONSE_HEADERS = (
     "x-request-id",
     "retry-after",
+    "x-should-retry",
     # As OpenAI names them; there are no patterns in Access-Control-Expose-Headers.
     *(f"x-ratelimit-{part}-{unit}" for part in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
 )
@@ -65,9 +65,13 @@ class ConnectionMiddleware:
             app = CORSMiddleware(
                 app,
                 allow_origins=cors_origins,
-                allow_methods=("GET", "POST"),
-                allow_headers=_CORS_REQUEST_HEADERS,
+                allow_methods=("GET", "HEAD", "POST"),
+                # Whatever the page asks for: clients send headers of their own (x-stainless-… of OpenAI's), which have
+                # no effect here, and the browser refuses the whole request over one that is not allowed.
+                allow_headers=("*",),
                 allow_credentials=False,
+                # To a server on the user's own machine or network, by pages that the operator has named.
+                allow_private_network="*" not in cors_origins,
                 expose_headers=_CORS_RESPONSE_HEADERS,
             )
         self._app = app

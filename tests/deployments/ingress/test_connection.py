@@ -435,27 +435,49 @@ def test_configured_origins_may_call(allowed: list[str]) -> None:
             assert answer.status_code == 200
             origin = "*" if allowed == ["*"] else ORIGIN["Origin"]
             assert answer.headers["access-control-allow-origin"] == origin
-            assert answer.headers["access-control-allow-methods"] == "GET, POST"
+            assert answer.headers["access-control-allow-methods"] == "GET, HEAD, POST"
+            assert answer.headers["access-control-allow-headers"] == wanted
             assert len(answer.headers.get_list("x-request-id")) == 1
             answer = await client.get("/", headers=ORIGIN)
             assert answer.headers["access-control-allow-origin"] == origin
             assert "access-control-allow-credentials" not in answer.headers
             exposed = answer.headers["access-control-expose-headers"].split(", ")
-            assert {"x-request-id", "retry-after", "x-ratelimit-remaining-tokens"} <= set(exposed)
+            assert {"x-request-id", "retry-after", "x-should-retry", "x-ratelimit-remaining-tokens"} <= set(exposed)
 
     run_in_virtual_time(scenario())
 
 
 @in_virtual_time
-async def test_other_origins_methods_and_headers_are_refused() -> None:
+async def test_clients_may_send_headers_of_their_own_from_a_configured_origin() -> None:
+    of_openais_client = (
+        "authorization,content-type,x-stainless-arch,x-stainless-helper-method,x-stainless-lang,x-stainless-os,"
+        "x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,"
+        "x-stainless-timeout"
+    )
+    async with browser(limited(plain, cors_origins=["https://chat.example.com"])) as client:
+        asked = {"Access-Control-Request-Headers": of_openais_client, "Access-Control-Request-Private-Network": "true"}
+        answer = await client.options("/", headers={**PREFLIGHT, **asked})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-headers"] == of_openais_client
+        assert answer.headers["access-control-allow-private-network"] == "true"
+        other = await client.options("/", headers={**PREFLIGHT, **asked, "Origin": "https://evil.example.com"})
+        assert other.status_code == 400
+        assert "access-control-allow-origin" not in other.headers
+    async with browser(limited(plain, cors_origins=["*"])) as client:
+        answer = await client.options("/", headers={**PREFLIGHT, **asked})
+        assert "access-control-allow-private-network" not in answer.headers
+
+
+@in_virtual_time
+async def test_other_origins_and_methods_are_refused() -> None:
     async with browser(limited(plain, cors_origins=["https://chat.example.com"])) as client:
         other = {"Origin": "https://evil.example.com"}
         for headers in (
             {**PREFLIGHT, **other},
             {**PREFLIGHT, "Access-Control-Request-Method": "DELETE"},
-            {**PREFLIGHT, "Access-Control-Request-Headers": "x-other"},
         ):
-            assert (await client.options("/", headers=headers)).status_code == 400
+            answer = await client.options("/", headers=headers)
+            assert answer.status_code == 400
         assert "access-control-allow-origin" not in (await client.get("/", headers=other)).headers
 
 
