@@ -86,11 +86,11 @@ class Choice(_Answer):
     """`length`: there are `max_tokens` tokens."""
     stop_reason: int | str | None
     """The stop text or token id that ended it; null at the model's end of text, and for `length`."""
-    token_ids: list[int] = []
+    token_ids: list[int] | None
     """With `return_token_ids`."""
-    prompt_token_ids: list[int] = []
+    prompt_token_ids: list[int] | None
     """With `return_token_ids`."""
-    prompt_logprobs: list[dict[str, PromptLogprob] | None] = []
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None
     """With `prompt_logprobs`: by token id, for each position of the prompt."""
 
 
@@ -102,11 +102,11 @@ class ChunkChoice(_Answer):
     """Of the tokens of this chunk."""
     finish_reason: Literal["stop", "length"] | None
     """In the last chunk of the choice."""
-    stop_reason: int | str | None = None
+    stop_reason: int | str | None
     """Beside `finish_reason`."""
-    token_ids: list[int] = []
+    token_ids: list[int] | None
     """With `return_token_ids`: those of this chunk."""
-    prompt_token_ids: list[int] = []
+    prompt_token_ids: list[int] | None
     """With `return_token_ids`, in the first chunk of the choice."""
 
 

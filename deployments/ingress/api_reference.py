@@ -75,7 +75,8 @@ _ANSWER: Final = """\
 `{schema_path}`, to which the `$schema` of {d1}'s answers points. Choices are ordered by prompt and
 then by `n`, and `index` runs over all. `usage` counts each prompt once, and every token generated, those of all
 `best_of` candidates included. Log probabilities are in OpenAI's legacy format, `tokens`, `token_logprobs`,
-`top_logprobs`, `text_offset`; with `echo` those of the prompt come first.
+`top_logprobs`, `text_offset`; with `echo` those of the prompt come first. What was not asked for is null, as in vLLM's
+answers.
 
 ### Streams
 

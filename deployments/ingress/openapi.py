@@ -103,7 +103,8 @@ _EXAMPLES: Final[dict[str, Json]] = {
 }
 _EXAMPLE_CHUNK: Final = (
     'data: {"id":"cmpl-1","object":"text_completion","created":1753859563,"model":"smollm2-135m",'
-    '"system_fingerprint":"fp_1","choices":[{"index":0,"text":", there","logprobs":null,"finish_reason":null}]}'
+    '"system_fingerprint":"fp_1","choices":[{"index":0,"text":", there","logprobs":null,"finish_reason":null,'
+    '"stop_reason":null,"token_ids":null,"prompt_token_ids":null}]}'
     "\n\ndata: [DONE]\n\n"
 )
 

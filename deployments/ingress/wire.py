@@ -57,9 +57,9 @@ class ChoiceDelta(NamedTuple):
     """The same."""
 
 
-class Choice(msgspec.Struct, omit_defaults=True):
+class Choice(msgspec.Struct):
     """One choice as a whole, in the order of the wire. Source: the Completions reference; from `stop_reason` on, vLLM's
-    CompletionResponseChoice."""
+    CompletionResponseChoice, in which what nobody asked for is null."""
 
     index: int
     text: str
@@ -104,7 +104,7 @@ class ChunkTemplate:
 
     def chunk(self, delta: ChoiceDelta, usage: Usage | None = None) -> bytes:
         """With `usage` as it is so far where the caller asked for it on every chunk."""
-        reason = b"null"
+        reason = _NO_REASON
         if delta.finish_reason is not None:
             reason = b'"%b","stop_reason":%b' % (delta.finish_reason.encode(), _to_json(delta.stop_reason))
         return b'%b%d,"text":%b,"logprobs":%b,"finish_reason":%b%b%b' % (
@@ -113,7 +113,7 @@ class ChunkTemplate:
             _to_json(delta.text),
             b"null" if delta.logprobs is None else _to_json(delta.logprobs),
             reason,
-            b"" if delta.token_ids is None else _token_ids(delta),
+            _NO_TOKEN_IDS if delta.token_ids is None else _token_ids(delta),
             self._tail if usage is None else b'}],"usage":%b}\n\n' % _to_json(usage.fields()),
         )
 
@@ -130,11 +130,13 @@ class ChunkTemplate:
         return b'%b],"usage":%b}\n\n' % (self._head, _to_json(usage.fields()))
 
 
+_NO_REASON = b'null,"stop_reason":null'
+_NO_TOKEN_IDS = b',"token_ids":null,"prompt_token_ids":null'
+"""As in vLLM's chunks, whose clients read both without asking whether they are there."""
+
+
 def _token_ids(delta: ChoiceDelta) -> bytes:
-    fields = {"token_ids": delta.token_ids}
-    if delta.prompt_token_ids is not None:
-        fields["prompt_token_ids"] = delta.prompt_token_ids
-    return b"," + _to_json(fields)[1:-1]
+    return b',"token_ids":%b,"prompt_token_ids":%b' % (_to_json(delta.token_ids), _to_json(delta.prompt_token_ids))
 
 
 def error_event(body: bytes) -> bytes:

@@ -76,6 +76,9 @@ async def test_a_completion(tmp_path: Path) -> None:
                     "logprobs": None,
                     "finish_reason": "length",
                     "stop_reason": None,
+                    "token_ids": None,
+                    "prompt_token_ids": None,
+                    "prompt_logprobs": None,
                 }
             ],
             "usage": usage(5, 16),
