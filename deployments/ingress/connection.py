@@ -92,7 +92,9 @@ class ConnectionMiddleware:
                 self._told = True
                 log.info("where answers are written", to="connection" if connection is not None else "every layer")
             scope.setdefault("extensions", {})[CONNECTION] = connection
-            answer = _Answer(send, connection, self._write_timeout_s, request_id)
+            answer = _Answer(
+                send, connection, self._write_timeout_s, request_id, chunks=scope.get("http_version") != "1.0"
+            )
             try:
                 await self._app(scope, upload.receive, answer.send)
             except ClientGone:
@@ -140,8 +142,13 @@ class _Upload:
 class _Answer:
     """What the client is sent. One timer watches over all of it: a stream writes thousands of times a second."""
 
-    def __init__(self, send: Send, connection: Connection | None, limit_s: float, request_id: str) -> None:
+    def __init__(
+        self, send: Send, connection: Connection | None, limit_s: float, request_id: str, *, chunks: bool
+    ) -> None:
+        """`chunks`: the client knows the chunked encoding."""
         self.cut_off = False
+        self._chunks = chunks
+        self._ends_by_closing = False
         self._send = send
         self._connection = connection
         self._limit_s = limit_s
@@ -156,6 +163,8 @@ class _Answer:
         """Raises ClientGone."""
         if message["type"] == "http.response.start":
             message = _FinalStart(message, self._request_id)
+            if not self._chunks and self._connection is not None and not _has_length(message):
+                self._ends_by_closing = self._connection.end_body_by_closing()
         body = message.get("body", b"")
         if len(body) > _PIECE_BYTES:
             last = (len(body) - 1) // _PIECE_BYTES * _PIECE_BYTES
@@ -177,6 +186,8 @@ class _Answer:
         self._since_s = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_at(self._since_s + self._limit_s, self._check)
+        if self._ends_by_closing and self._connection is not None:
+            self._connection.expect(len(message.get("body", b"")))
         try:
             await self._send(message)
         except asyncio.CancelledError:
@@ -198,6 +209,10 @@ class _Answer:
             self._writer.cancel()
         if self._connection is not None:
             self._connection.reset()
+
+
+def _has_length(start: Message) -> bool:
+    return any(name.lower() == b"content-length" for name, _ in start["headers"])
 
 
 class _FinalStart(dict[str, Any]):

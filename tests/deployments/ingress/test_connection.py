@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.ingress.completion import ClientGone
 from deployments.ingress.connection import ConnectionMiddleware
+from deployments.ingress.direct_writes import CONNECTION
 from deployments.ingress.errors import RequestTimeout
 from serve_app.config import ConfigError, load_cluster_config
 from tests.conftest import eventually
@@ -620,6 +621,38 @@ def test_uvicorn_keeps_a_connection_whose_uploads_arrive(protocol: str, run: Run
                 answer = await client.post(f"http://127.0.0.1:{serving.port}/", content=b"x" * size)
                 assert (answer.status_code, answer.content) == (200, b"x" * size)
             assert len(serving.server.server_state.connections) == 1
+
+    run(scenario())
+
+
+@under_uvicorn
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_client_of_http_1_0_gets_no_chunks_and_an_end_by_closing(protocol: str, run: Runner, method: str) -> None:
+    parts = [b"data: 1\n\n", b"x" * 200_000, b"data: 2\n\n"]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(scope, receive, send)
+        if scope["path"] == "/length":
+            await PlainTextResponse(b"short")(scope, receive, send)
+            return
+        await send(dict(START))
+        connection = scope["extensions"][CONNECTION]
+        for part in parts:
+            if not connection.write(part):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        async with served(limited(app), protocol) as serving:
+            for path, body in (("/", b"".join(parts)), ("/length", b"short")):
+                with await serving.connect() as connection:
+                    await loop.sock_sendall(connection, f"{method} {path} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
+                    answer = await asyncio.wait_for(read_to_the_end(connection), 5.0)
+                head, _, told = answer.partition(b"\r\n\r\n")
+                assert b"transfer-encoding" not in head.lower()
+                assert told == (b"" if method == "HEAD" else body)
+            await serving.until_free()
 
     run(scenario())
 
