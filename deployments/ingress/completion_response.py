@@ -53,6 +53,7 @@ class CompletionResponse(Response):
             "system_fingerprint": completion.model.entry.fingerprint,
         }
         self._limits = rate_limit_headers(completion.rate_limits)
+        self._cold_keep_alive_s = _COLD_KEEP_ALIVE_S
         self._started = False
         self._connection: Connection | None = None
         self.background = None
@@ -126,6 +127,7 @@ class CompletionResponse(Response):
                     completion.settle("finished")
                 elif not chunks and idle.due:
                     chunks.append(KEEP_ALIVE)
+                    self._cold_keep_alive_s *= 2
                 if chunks:
                     await self._send(send, b"".join(chunks), more=not completion.finished)
                     idle.restart()
@@ -134,7 +136,7 @@ class CompletionResponse(Response):
 
     def _idle_limit_s(self) -> float:
         limit_s = self._keep_alive_s
-        return min(_COLD_KEEP_ALIVE_S, limit_s) if self._completion.awaits_cold_start else limit_s
+        return min(self._cold_keep_alive_s, limit_s) if self._completion.awaits_cold_start else limit_s
 
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
         if not self._started:
@@ -154,7 +156,9 @@ class CompletionResponse(Response):
 
 
 _COLD_KEEP_ALIVE_S = 1.0
-"""A client that waits for the first replica of a pool sees from the first second on that something happens."""
+"""A client that waits for the first replica of a pool sees from the first second on that something happens. Then the
+comments come half as often each time, since there are clients that give up after so many lines without data (go-openai:
+300)."""
 
 
 class _IdleTimer:

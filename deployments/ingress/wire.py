@@ -18,6 +18,8 @@ __all__ = ["DONE", "KEEP_ALIVE", "Choice", "ChoiceDelta", "ChunkTemplate", "Usag
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment with a blank line behind it: of clients that split at blank lines and skip what begins with a colon, as
+`vllm bench serve`, it would take the next event with it otherwise."""
 
 _OBFUSCATED_BYTES = 256
 _OBFUSCATED_END = b'"}\n\n'
