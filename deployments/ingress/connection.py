@@ -5,8 +5,9 @@ HAProxy in front neither buffers a request nor bounds its body, and gives a clie
 each answer an id that it has not checked.
 
 Out of reach is what others answer before a request comes here. HAProxy, in HTML and without an id: what is no HTTP
-(400), and everything while nothing is up behind it (500). Ray's proxy, HAProxy's stand-in while no ingress runs, and a
-stopping replica, in plain text: 503, with the id as it came. Ray Serve: an x-request-id that is no UTF-8 (500, no id).
+(400), and everything while nothing is up behind it (500); without an id: Serve's own routes, which it closes (404).
+Ray's proxy, HAProxy's stand-in while no ingress runs, and a stopping replica, in plain text: 503, with the id as it
+came. Ray Serve: an x-request-id that is no UTF-8 (500, no id).
 """
 
 from __future__ import annotations
