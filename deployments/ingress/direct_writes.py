@@ -64,7 +64,8 @@ class Connection:
 
     def expect(self, size_bytes: int) -> None:
         """Of a body that is ended by closing: so much is sent next. uvicorn holds each `send` to a length."""
-        self._cycle.expected_content_length = size_bytes
+        if isinstance(self._cycle, HttptoolsCycle):
+            self._cycle.expected_content_length = size_bytes
 
     def reset(self) -> None:
         """Drop the connection with what is buffered for it, which its client does not read.

@@ -246,6 +246,6 @@ class NotServed:
         return core_schema.no_info_plain_validator_function(self._check)
 
     def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        empty = [[]] if self.neutral == "" else []
+        empty: list[list[str]] = [[]] if self.neutral == "" else []
         accepted: JsonSchemaValue = {"type": "null"} if self.neutral is None else {"enum": [None, self.neutral, *empty]}
         return accepted | {"description": f"Not served: {self.reason}."}
