@@ -86,16 +86,19 @@ class Catalog:
         self,
         existing: Callable[[Iterable[str]], Awaitable[frozenset[str]]],
         open_pool: Callable[[CatalogEntry], Awaitable[EnginePool]],
+        forget_others: Callable[[frozenset[str]], Awaitable[None]] | None = None,
     ) -> None:
-        """`existing` tells which of the named applications Serve has; `open_pool` starts following one's replicas."""
+        """`existing` tells which of the named applications Serve has; `open_pool` starts following one's replicas;
+        `forget_others` lets go of what is kept for applications but those named."""
         self._existing = existing
+        self._forget_others = forget_others
         self._open_pool = open_pool
         self._entries: dict[str, CatalogEntry] = {}
         self._served: dict[str, ServedModel] = {}
         self._aliases: dict[str, str] = {}
         """The model's own name by each of the others."""
-        self._retired: list[EnginePool] = []
-        """Pools of models that have gone, while their last streams run."""
+        self._retired: list[tuple[str, EnginePool]] = []
+        """Applications and pools of models that have gone, while their last streams run."""
         self._refreshing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self.loop_lag_s = 0.0
@@ -136,9 +139,9 @@ class Catalog:
             wanted = {name: entry for name, entry in entries.items() if entry.application in existing}
             for name in self._served.keys() - wanted.keys():
                 log.info("model removed", model=name)
-                pool = self._served.pop(name).pool
-                pool.retire()
-                self._retired.append(pool)
+                model = self._served.pop(name)
+                model.pool.retire()
+                self._retired.append((model.entry.application, model.pool))
             for name, entry in wanted.items():
                 served = self._served.get(name)
                 if served is None or served.entry != entry:
@@ -146,6 +149,10 @@ class Catalog:
                         self._served[name] = await self._serve(entry, served)
                     except Exception as error:  # tried again at the next refresh; the other models go on
                         log.error("model not served", model=name, reason=repr(error))
+            if self._forget_others is not None:
+                retired = (application for application, pool in self._retired if not pool.empty)
+                listed = (entry.application for entry in self._entries.values())
+                await self._forget_others(frozenset((*listed, *retired)))
 
     async def _serve(self, entry: CatalogEntry, served: ServedModel | None) -> ServedModel:
         """`entry` as a served model; keeps the pool, and with it the streams, of the one served before."""
@@ -166,8 +173,8 @@ class Catalog:
             await pool.close()
 
     def _pools(self) -> list[EnginePool]:
-        self._retired = [pool for pool in self._retired if not pool.empty]
-        return [*(model.pool for model in self._served.values()), *self._retired]
+        self._retired = [(application, pool) for application, pool in self._retired if not pool.empty]
+        return [*(model.pool for model in self._served.values()), *(pool for _, pool in self._retired)]
 
     async def _refresh_for_ever(self) -> None:
         while True:
@@ -190,7 +197,10 @@ class Catalog:
             woke = now
             if now >= stalled_until:
                 for pool in self._pools():
-                    pool.check_silence(now)
+                    try:
+                        pool.check_silence(now)
+                    except Exception:  # of one pool: the others must still notice replicas that hang
+                        log.exception("silence not looked for", model=pool.model)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

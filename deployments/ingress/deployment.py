@@ -56,7 +56,7 @@ class _Ingress:
             admission_timeout_s=admission_timeout_s,
         )
         self._rounds = WriteRounds()
-        self._catalog = Catalog(self._pools.existing, self._open_pool)
+        self._catalog = Catalog(self._pools.existing, self._open_pool, self._pools.forget_others)
         self._settings = IngressSettings(
             request_body_limit_bytes,
             keep_alive_s,
