@@ -64,7 +64,7 @@ def test_what_kubernetes_can_run_is_not_refused() -> None:
         (
             {"kubernetes": {"accelerators": {"A" * 60: {"gpu": "a"}}}},
             {"resources": {**H100, "accelerator": "A" * 60}},
-            r"models\[0\].resources.accelerator: got A{60}, expected .* at most 54 .* group of its pods, engine-1-a{60}",
+            r"models\[0\].resources.accelerator: got A+, expected .* at most 54 .* group of its pods, engine-1-a{60}",
         ),
         (
             {},
