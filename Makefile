@@ -73,7 +73,7 @@ $(CPU): requirements/cpu.lock pyproject.toml
 $(DEV): requirements/dev.lock $(CPU)
 	@requirements/install.sh dev
 
-$(CLIENTS): requirements/clients.lock $(DEV)
+$(CLIENTS): requirements/clients.lock requirements/javascript/package-lock.json $(DEV)
 	@requirements/install.sh clients
 
 $(PEERS): requirements/peers.lock $(CLIENTS)

@@ -27,7 +27,7 @@ main() {
     case "${1-}" in
         cpu) inputs=(requirements/cpu.lock pyproject.toml) ;;
         dev) inputs=(requirements/dev.lock "$VENV/.cpu-installed") ;;
-        clients) inputs=(requirements/clients.lock "$VENV/.dev-installed") ;;
+        clients) inputs=(requirements/clients.lock requirements/javascript/package-lock.json "$VENV/.dev-installed") ;;
         peers) inputs=(requirements/peers.lock "$VENV/.clients-installed") ;;
         *) fail "usage: requirements/install.sh cpu|dev|clients|peers" ;;
     esac
@@ -85,6 +85,12 @@ install_dev() {
 install_clients() {
     rm -rf "$VENV/clients"
     install_lock "[1/1]" clients "half a minute and 0.4 GB" --no-compile --target "$VENV/clients"
+    # Of the test in a browser, which is skipped where Node.js or Chromium is not.
+    if command -v npm >/dev/null; then
+        rm -rf "$VENV/javascript"
+        cp -R requirements/javascript "$VENV/javascript"
+        run no_count npm ci --prefix "$VENV/javascript" --ignore-scripts --no-audit --no-fund
+    fi
 }
 
 # Apart as well: some of it stands in for newer packages that Millstream runs with.

@@ -35,6 +35,7 @@ from serve_app.config import (
     ReplicaRange,
     VllmEngineConfig,
 )
+from serve_app.model_source import source_kind
 
 __all__ = [
     "GATEWAY",
@@ -58,7 +59,16 @@ _LOGGING = {"enable_access_log": False}
 _RESUME_TIMEOUT_S = 180.0
 _REPORT_PERIOD_S = 1.0
 """How often replicas tell Serve's controller of their load."""
-_NOT_OF_REPLICAS = {"replicas", "price", "hold_timeout_s", "cold_start_timeout_s", "max_held_tokens", "infilling"}
+_NOT_OF_REPLICAS = {
+    "replicas",
+    "price",
+    "hold_timeout_s",
+    "cold_start_timeout_s",
+    "max_held_tokens",
+    "infilling",
+    "hub_id",
+    "aliases",
+}
 """What of a model its engine replicas need not know."""
 
 
@@ -85,7 +95,9 @@ class ModelArguments(BaseModel, frozen=True, extra="forbid"):
 
 
 def application_name(model: str) -> str:
-    return f"model-{model}"
+    """Serve and the controller's board make file names of it, and it stands in URLs, so a slash becomes `~`, which no
+    model's name has."""
+    return f"model-{model.replace('/', '~')}"
 
 
 def build_gateway(arguments: GatewayArguments) -> Application:
@@ -174,6 +186,8 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
     catalog = [
         {
             "name": model.name,
+            "aliases": list(model.aliases),
+            "root": model.hub_id or (model.source if source_kind(model.source) == "hub" else ""),
             "application": application_name(model.name),
             "folder": str(folders[model.name]),
             "max_model_len": lengths[model.name],
@@ -198,6 +212,7 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
     metered = [
         {
             "name": model.name,
+            "aliases": list(model.aliases),
             "folder": str(folders[model.name]),
             "max_model_len": lengths[model.name],
             "prompt_price": model.price.prompt,

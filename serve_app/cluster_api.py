@@ -39,8 +39,9 @@ class ClusterApi:
         return self._ask("GET", "/admin/v1/replicas")["data"]  # type: ignore[no-any-return]
 
     def context_lengths(self) -> dict[str, int]:
-        """`max_model_len` by model."""
-        return {card["id"]: card["max_model_len"] for card in self._ask("GET", "/v1/models")["data"]}
+        """`max_model_len` by model, without aliases."""
+        cards = self._ask("GET", "/v1/models")["data"]
+        return {card["id"]: card["max_model_len"] for card in cards if card["parent"] is None}
 
     def tokenize(self, model: str, text: str) -> list[int]:
         """Without special tokens."""

@@ -17,7 +17,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
@@ -149,9 +149,22 @@ def _quantity(memory: str) -> str:
     return memory
 
 
+_NAME_PART: Final = "[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+
+
 def _model_name(name: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", name):
-        raise _unexpected("a model name: a-z, 0-9 and, not at its ends, '.' and '-', up to 63 characters")
+    """One slash at most, and no `~`, which stands for it in the names of applications (serve_app/applications.py)."""
+    if len(name) > 96 or not re.fullmatch(f"({_NAME_PART}/)?{_NAME_PART}", name, re.ASCII):
+        raise _unexpected(
+            "a model name as on the hub, NAME or OWNER/NAME of up to 96 characters, each of A-Z, a-z, 0-9 and, not at "
+            "its ends, '.', '_' and '-'"
+        )
+    return name
+
+
+def _hub_id(name: str) -> str:
+    if source_kind(name) != "hub":
+        raise _unexpected("a hub id owner/name")
     return name
 
 
@@ -422,10 +435,16 @@ class ModelConfig(_Section):
     """One model and the pool of replicas that serve it: the Serve application `model-<name>`."""
 
     name: Annotated[str, AfterValidator(_model_name)]
-    """What clients write as `model`; unique."""
+    """What clients write as `model`, such as qwen2.5 or Qwen/Qwen2.5-7B; unique. Answers, usage and metrics have it."""
+    aliases: tuple[Annotated[str, AfterValidator(_model_name)], ...] = Field(default=(), strict=False, max_length=100)
+    """More names that clients may write as `model`; unique as well. A key for one of a model's names may use them all.
+    """
     source: str
     """Weights and tokenizer: `package://NAME`, a folder or a hub id `owner/name` (see model_source.py). The
     path of a folder is relative to the folder of cluster.yaml, and absolute once loaded."""
+    hub_id: Annotated[str, AfterValidator(_hub_id)] | None = None
+    """The hub's name of the model, `owner/name`, which clients are told as `root` and load its tokenizer by. Of a
+    `source` that is a hub id it is known."""
     engine: EngineConfig
     resources: ModelResources = ModelResources()
     replicas: PoolSize = PoolSize()
@@ -566,12 +585,14 @@ class ClusterConfig(_Section):
         if isinstance(models, list | tuple) and not models:
             raise _unexpected("at least one model")
         repeated: list[InitErrorDetails] = []
-        first: dict[str, int] = {}
+        first: dict[str, tuple[Location, int]] = {}
         for index, model in enumerate(models if isinstance(models, list | tuple) else ()):
-            name = model.get("name") if isinstance(model, dict) else getattr(model, "name", None)
-            if isinstance(name, str) and first.setdefault(name, index) != index:
-                wrong = _unexpected(f"a name of its own (models[{first[name]}] has this one)")
-                repeated.append(_line_error((index, "name"), name, wrong))
+            for inner, name in _names_of(model):
+                location = (index, *inner)
+                earlier, of_model = first.setdefault(name, (location, index))
+                if earlier != location:
+                    wrong = _unexpected(f"a name of its own (models[{of_model}] has this one)")
+                    repeated.append(_line_error(location, name, wrong))
         try:
             checked: tuple[ModelConfig, ...] = check(models)
         except ValidationError as error:
@@ -587,6 +608,16 @@ class ClusterConfig(_Section):
         if repeated:
             raise ValidationError.from_exception_data("models", repeated)
         return checked
+
+
+def _names_of(model: object) -> Iterator[tuple[Location, str]]:
+    """Where they stand in the model, and the names: its own and its aliases, as far as they are texts."""
+    fields = model if isinstance(model, dict) else model.__dict__ if isinstance(model, ModelConfig) else {}
+    aliases = fields.get("aliases", ())
+    listed = enumerate(aliases if isinstance(aliases, list | tuple) else ())
+    for location, name in ((("name",), fields.get("name")), *((("aliases", index), each) for index, each in listed)):
+        if isinstance(name, str):
+            yield location, name
 
 
 # --- reading ------------------------------------------------------------------------------------------------

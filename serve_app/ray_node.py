@@ -295,11 +295,15 @@ def write_haproxy_launcher(launcher: Path) -> None:
     HAProxy's own metrics and statistics, for which nobody needs a key, are for this machine only: Serve reads its
     counts elsewhere, and Prometheus gets them from Ray. Clients reach it at MILLSTREAM_HTTP_HOST where that is set,
     whatever Serve's own host, at which the ingress replicas listen too (tests/cluster/test_command_line.py).
+
+    Serve's own routes below `/-/` tell of the applications to everybody. All but `/-/healthz`, which KubeRay's probes
+    ask for and the rules before have answered, are unknown here, however they are spelled.
     """
     added = [f"timeout http-request ${{{_CLIENT_TIMEOUT}}}s", "option srvtcpka", *_KEEP_ALIVE]
     bounded = r"s/^\( *\)timeout client .*/&" + "".join(rf"\n\1{line}" for line in added) + "/"
     own = (_bind("frontend prometheus", "127.0.0.1"), _bind("listen stats", "127.0.0.1"))
-    edits = " ".join(f'-e "{edit}"' for edit in (r"/timeout http-request\|srvtcpka/d", bounded, *own))
+    expanded = (f'"{edit}"' for edit in (r"/timeout http-request\|srvtcpka/d", bounded, *own))
+    edits = " ".join(f"-e {edit}" for edit in (*expanded, *map(shlex.quote, _CLOSED_ROUTES)))
     launcher.write_text(
         "#!/bin/sh\n"
         "for argument; do\n"
@@ -314,6 +318,18 @@ def write_haproxy_launcher(launcher: Path) -> None:
         f'exec {shlex.quote(get_haproxy_binary())} -dS "$@"\n'
     )
     launcher.chmod(0o755)
+
+
+_UNKNOWN_ROUTE = (
+    '{"error":{"message":"Unknown request URL. Completions are at POST /v1/completions.",'
+    '"type":"invalid_request_error","param":null,"code":null}}'
+)
+"""As the ingress has it (deployments/ingress/errors.py, RouteNotFound)."""
+_CLOSED_ROUTES = (
+    r"s|^\( *acl routes\) path .*|\1 path,url_dec -m beg /-/|",
+    r"s|^\( *http-request return\) .* if routes$|\1 status 404 content-type application/json "
+    f"string '{_UNKNOWN_ROUTE}' if routes|",
+)
 
 
 def _bind(section: str, host: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-__all__ = ["ReplicaGone", "ReplicaSetChanged", "replicas_changed", "replicas_of", "watch_replicas"]
+__all__ = ["ReplicaGone", "ReplicaSetChanged", "forget_replicas", "replicas_changed", "replicas_of", "watch_replicas"]
 
 ReplicaSetChanged = Callable[[frozenset[str]], None]
 """Gets the unique ids of all running replicas of the application; called on the watcher's event loop."""
@@ -36,6 +36,12 @@ def watch_replicas(application: str, changed: ReplicaSetChanged) -> None:
 def replicas_of(application: str) -> frozenset[str]:
     """Unique ids of its running replicas, empty while none are known."""
     return _known.get(application, frozenset())
+
+
+def forget_replicas(application: str) -> None:
+    """Of an application that nobody asks for any more."""
+    _watchers.pop(application, None)
+    _known.pop(application, None)
 
 
 def replicas_changed(application: str, replica_ids: frozenset[str]) -> None:

@@ -86,11 +86,11 @@ class Choice(_Answer):
     """`length`: there are `max_tokens` tokens."""
     stop_reason: int | str | None
     """The stop text or token id that ended it; null at the model's end of text, and for `length`."""
-    token_ids: list[int] = []
+    token_ids: list[int] | None
     """With `return_token_ids`."""
-    prompt_token_ids: list[int] = []
+    prompt_token_ids: list[int] | None
     """With `return_token_ids`."""
-    prompt_logprobs: list[dict[str, PromptLogprob] | None] = []
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None
     """With `prompt_logprobs`: by token id, for each position of the prompt."""
 
 
@@ -102,11 +102,11 @@ class ChunkChoice(_Answer):
     """Of the tokens of this chunk."""
     finish_reason: Literal["stop", "length"] | None
     """In the last chunk of the choice."""
-    stop_reason: int | str | None = None
+    stop_reason: int | str | None
     """Beside `finish_reason`."""
-    token_ids: list[int] = []
+    token_ids: list[int] | None
     """With `return_token_ids`: those of this chunk."""
-    prompt_token_ids: list[int] = []
+    prompt_token_ids: list[int] | None
     """With `return_token_ids`, in the first chunk of the choice."""
 
 
@@ -134,6 +134,25 @@ class CompletionChunk(_Head):
     """None in the chunk that `stream_options.include_usage` asks for."""
     usage: Usage | None = None
     """Only with `stream_options.include_usage`."""
+    obfuscation: str = ""
+    """Only with `stream_options.include_obfuscation`: random letters."""
+
+
+class ModelPermission(_Answer):
+    """The same of every model: what a key may do is told by the key."""
+
+    id: str
+    object: Literal["model_permission"]
+    created: int
+    allow_create_engine: Literal[False]
+    allow_sampling: Literal[True]
+    allow_logprobs: Literal[True]
+    allow_search_indices: Literal[False]
+    allow_view: Literal[True]
+    allow_fine_tuning: Literal[False]
+    organization: Literal["*"]
+    group: None
+    is_blocking: Literal[False]
 
 
 class Model(_Answer):
@@ -142,8 +161,14 @@ class Model(_Answer):
     created: int
     """Unix time in seconds since which this server has it."""
     owned_by: str
+    root: str
+    """The name by which the Hugging Face hub knows it, where the operator told it: clients load its tokenizer by that.
+    Else `id`."""
+    parent: str | None
+    """Of an alias: the model's own name, which answers and usage have."""
     max_model_len: int
     """Tokens of a prompt and its completion together, at most."""
+    permission: list[ModelPermission]
 
 
 class ModelList(_Answer):

@@ -49,7 +49,8 @@ Bodies are JSON objects, declared as `content-type: application/json`. They are 
   1.0 for an integer, no NaN.
 - Null stands for the default.
 - Of a key that comes twice in an object the last one counts.
-- Invalid UTF-8 and lone surrogates are refused.
+- Invalid UTF-8, lone surrogates and a byte order mark are refused.
+- A body may be packed with gzip, `content-encoding: gzip`; its limit holds for what it unpacks to.
 - `prompt`, `suffix` and `tokens` may be as long as the body, with up to 1024 texts or arrays, or 262144 token ids. All
   else has at most 128 KiB of JSON per parameter and 256 KiB together. A body has at most 65536 strings and 524288
   backslashes: send text as UTF-8, not as `\\u732b`. Bodies of up to 64 KiB may have anything.
@@ -59,7 +60,7 @@ _PARAMETERS: Final = """\
 ## Parameters of a completion
 
 The source is the document that a parameter comes from: OpenAI's Completions reference, vLLM 0.32's `CompletionRequest`,
-and, where they name it, the documents of the dialects.
+and, where they name it, the documents of the dialects; or another server, whose clients send it.
 """
 
 _FORMS: Final = """\
@@ -87,14 +88,14 @@ refused is refused with 400, and the message names the keyword and where it stan
 """
 
 _NARROWED: Final = """\
-### What a dialect narrows or adds
+### What a dialect narrows, widens or adds
 """
 
 _NOT_SERVED: Final = """\
-### What is known from vLLM and not served
+### What is known from other servers and not served
 
-Null and the value in the table are accepted, so that clients that send every parameter go on working. All else is
-refused.
+Null and the value in the table are accepted, so that clients that send every parameter go on working, and so is an
+empty array where the value is an empty text. All else is refused.
 """
 
 _ANSWER: Final = """\
@@ -104,7 +105,8 @@ _ANSWER: Final = """\
 `{schema_path}`, to which the `$schema` of {d1}'s answers points. Choices are ordered by prompt and
 then by `n`, and `index` runs over all. `usage` counts each prompt once, and every token generated, those of all
 `best_of` candidates included. Log probabilities are in OpenAI's legacy format, `tokens`, `token_logprobs`,
-`top_logprobs`, `text_offset`; with `echo` those of the prompt come first.
+`top_logprobs`, `text_offset`; with `echo` those of the prompt come first. What was not asked for is null, as in vLLM's
+answers.
 
 ### Streams
 
@@ -202,6 +204,7 @@ def api_reference() -> str:
                 _HEAD,
                 "## Endpoints\n",
                 _table(("endpoint", "what it does", "key"), _endpoints()),
+                "HEAD is answered wherever GET is.\n",
                 _DIALECTS,
                 _dialect_table(),
                 _BODIES,
@@ -360,7 +363,7 @@ def _not_served() -> Iterator[tuple[str, str, str, str]]:
     for name, field in CompletionRequest.model_fields.items():
         reason = _reason(field.metadata)
         if reason is not None:
-            neutral = "" if reason.neutral is None else f"`{_json(reason.neutral)}`"
+            neutral = "" if reason.neutral is None else f"`{_json(reason.neutral)}`".replace("``", '`""`')
             yield f"`{name}`", neutral, reason.reason, _source(field.metadata)
 
 

@@ -3,16 +3,19 @@
 # No `from __future__ import annotations`: FastAPI resolves the annotations of the routes at run time, and cannot see
 # names that are local to `build_app`.
 import asyncio
+import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import structlog
+from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.contracts import IngressCounters, KeyInfo
@@ -29,8 +32,10 @@ from deployments.ingress.errors import (
     ErrorAnswer,
     InternalError,
     InvalidApiKey,
+    InvalidRequest,
     MethodNotAllowed,
     RouteNotFound,
+    UnsupportedEncoding,
     UnsupportedMediaType,
 )
 from deployments.ingress.meter_client import MeterClient
@@ -79,7 +84,7 @@ def build_app(
         try:
             return await meter.authenticate("")  # who it is if the cluster requires no keys
         except InvalidApiKey:
-            raise dialect.missing_key() from None
+            raise dialect.missing_key(request.headers) from None
 
     async def caller(request: Request) -> KeyInfo:
         return await authenticated(request, dialect_of(D3.path, request.headers))
@@ -130,12 +135,12 @@ def build_app(
 
     @app.get("/v1/models")
     async def list_models(key: Caller) -> dict[str, Any]:
-        usable = [model for model in catalog.models() if key.models is None or model.entry.name in key.models]
-        return {"object": "list", "data": [_model_card(model) for model in usable]}
+        usable = [model for model in catalog.models() if _usable(model, key)]
+        return {"object": "list", "data": [_model_card(model, name) for model in usable for name in model.entry.names]}
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")  # names have slashes
     async def retrieve_model(model: str, _key: Caller) -> dict[str, Any]:
-        return _model_card(catalog.find(model))
+        return _model_card(catalog.find(model), model)
 
     @app.get("/admin/v1/replicas")
     async def list_replicas(request: Request) -> dict[str, Any]:
@@ -154,6 +159,7 @@ def build_app(
         ]
         return Response(metrics_text(meters, ingresses, pools), media_type=METRICS_TYPE)
 
+    @app.get("/health")  # vLLM's name, at which GuideLLM, aiperf and container images look
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process runs."""
@@ -182,6 +188,7 @@ def build_app(
     app.router.routes.extend(administration_routes(meter.administer, caller, read_body))
     app.router.routes.extend(usage_routes(meter.usage, caller))
     app.router.routes.extend(documentation_routes())
+    _answer_head(app)
 
     @app.exception_handler(ApiError)
     async def on_api_error(_request: Request, error: ApiError) -> Response:
@@ -210,23 +217,60 @@ def build_app(
     )
 
 
-def _model_card(model: ServedModel) -> dict[str, Any]:
+def _answer_head(app: FastAPI) -> None:
+    """HEAD wherever GET is, as Starlette's own routes have it: FastAPI's do not. The server drops the body."""
+    for route in app.routes:
+        if isinstance(route, Route) and "GET" in (methods := route.methods or set()):
+            methods.add("HEAD")
+
+
+def _usable(model: ServedModel, key: KeyInfo) -> bool:
+    """The meter decides on requests in the same way (deployments/meter/admission.py)."""
+    return key.models is None or any(name in key.models for name in model.entry.names)
+
+
+def _model_card(model: ServedModel, name: str) -> dict[str, Any]:
+    """Under `name`, one of its names, in the shape of vLLM's, on whose fields its own clients insist."""
     return {
-        "id": model.entry.name,
+        "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "millstream",
+        "root": model.entry.root or model.entry.name,
+        "parent": None if name == model.entry.name else model.entry.name,
         "max_model_len": model.entry.max_model_len,
+        "permission": [
+            {
+                "id": f"modelperm-{name}",
+                "object": "model_permission",
+                "created": model.created,
+                "allow_create_engine": False,
+                "allow_sampling": True,
+                "allow_logprobs": True,
+                "allow_search_indices": False,
+                "allow_view": True,
+                "allow_fine_tuning": False,
+                "organization": "*",
+                "group": None,
+                "is_blocking": False,
+            }
+        ],
     }
 
 
 async def _read_body(request: Request, limit_bytes: int) -> bytes:
-    """The body, read no further than the limit. Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout."""
+    """The body, read and unpacked no further than the limit. Raises UnsupportedMediaType, BodyTooLarge, InvalidRequest,
+    RequestTimeout."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise UnsupportedMediaType(
             f"Content-Type is '{content_type or 'missing'}'; expected 'application/json'. With curl, add "
             "-H 'Content-Type: application/json'."
+        )
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity", *_GZIP):
+        raise UnsupportedEncoding(
+            f"Content-Encoding is '{encoding[:100]}'; expected 'gzip', or none: send the body as it is."
         )
     chunks: list[bytes] = []
     size = 0
@@ -235,7 +279,34 @@ async def _read_body(request: Request, limit_bytes: int) -> bytes:
         if size > limit_bytes:
             raise BodyTooLarge(f"The body is larger than the limit of {limit_bytes} bytes.")
         chunks.append(chunk)
-    return b"".join(chunks)
+    body = b"".join(chunks)
+    # On a thread: a body at the limit takes tens of milliseconds.
+    return await run_sync(_gunzipped, body, limit_bytes) if encoding in _GZIP else body
+
+
+_GZIP = ("gzip", "x-gzip")
+_MAX_MEMBERS = 8
+
+
+def _gunzipped(body: bytes, limit_bytes: int) -> bytes:
+    """Unpacked no further than the limit, whatever is packed. Raises InvalidRequest, BodyTooLarge."""
+    unpacked = bytearray()
+    members = 0
+    while body:
+        members += 1
+        if members > _MAX_MEMBERS:  # each copies what is behind it
+            raise InvalidRequest(f"The body has more than {_MAX_MEMBERS} pieces that gzip made. Pack it in one.")
+        member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        try:
+            unpacked += member.decompress(body, limit_bytes + 1 - len(unpacked))
+        except zlib.error:
+            raise InvalidRequest("The body is not what gzip makes, which Content-Encoding says.") from None
+        if len(unpacked) > limit_bytes:
+            raise BodyTooLarge(f"The body is larger than the limit of {limit_bytes} bytes, once it is unpacked.")
+        if not member.eof:
+            raise InvalidRequest("The body ends before what gzip has packed does.")
+        body = member.unused_data
+    return bytes(unpacked)
 
 
 def _error_response(answer: ErrorAnswer) -> Response:

@@ -47,6 +47,10 @@ class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
     """One model as the application builder (serve_app/applications.py) describes it to the ingress."""
 
     name: str
+    aliases: tuple[str, ...] = ()
+    """More names by which clients may ask for it."""
+    root: str = ""
+    """The name by which the Hugging Face hub knows the model; empty where it is not known."""
     application: str
     folder: Path
     """Prepared model; the ingress reads its tokenizer."""
@@ -61,6 +65,11 @@ class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
     limits: PoolLimits
     min_replicas: int = 1
     max_replicas: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its own, and the aliases."""
+        return self.name, *self.aliases
 
 
 @dataclass(frozen=True)
@@ -81,16 +90,21 @@ class Catalog:
         self,
         existing: Callable[[Iterable[str]], Awaitable[frozenset[str]]],
         open_pool: Callable[[CatalogEntry], Awaitable[EnginePool]],
+        forget_others: Callable[[frozenset[str]], Awaitable[None]] | None = None,
     ) -> None:
-        """`existing` tells which of the named applications Serve has; `open_pool` starts following one's replicas."""
+        """`existing` tells which of the named applications Serve has; `open_pool` starts following one's replicas;
+        `forget_others` lets go of what is kept for applications but those named."""
         self._existing = existing
+        self._forget_others = forget_others
         self._open_pool = open_pool
         self.constraints = ConstraintChecker()
         """Of all models."""
         self._entries: dict[str, CatalogEntry] = {}
         self._served: dict[str, ServedModel] = {}
-        self._retired: list[EnginePool] = []
-        """Pools of models that have gone, while their last streams run."""
+        self._aliases: dict[str, str] = {}
+        """The model's own name by each of the others."""
+        self._retired: list[tuple[str, EnginePool]] = []
+        """Applications and pools of models that have gone, while their last streams run."""
         self._refreshing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self.loop_lag_s = 0.0
@@ -107,12 +121,13 @@ class Catalog:
     async def replace(self, entries: list[CatalogEntry]) -> None:
         """Take a new list of models. Returns when all of them that exist can be served."""
         self._entries = {entry.name: entry for entry in entries}
+        self._aliases = {alias: entry.name for entry in entries for alias in entry.aliases}
         await self.refresh()
 
     def find(self, name: str) -> ServedModel:
-        """Raises ModelNotFound."""
+        """`name` may be an alias. Raises ModelNotFound."""
         try:
-            return self._served[name]
+            return self._served[self._aliases.get(name, name)]
         except KeyError:
             raise ModelNotFound(
                 f"The model '{name}' does not exist. GET /v1/models lists the models you can use.",
@@ -130,9 +145,9 @@ class Catalog:
             wanted = {name: entry for name, entry in entries.items() if entry.application in existing}
             for name in self._served.keys() - wanted.keys():
                 log.info("model removed", model=name)
-                pool = self._served.pop(name).pool
-                pool.retire()
-                self._retired.append(pool)
+                model = self._served.pop(name)
+                model.pool.retire()
+                self._retired.append((model.entry.application, model.pool))
             for name, entry in wanted.items():
                 served = self._served.get(name)
                 if served is None or served.entry != entry:
@@ -140,6 +155,10 @@ class Catalog:
                         self._served[name] = await self._serve(entry, served)
                     except Exception as error:  # tried again at the next refresh; the other models go on
                         log.error("model not served", model=name, reason=repr(error))
+            if self._forget_others is not None:
+                retired = (application for application, pool in self._retired if not pool.empty)
+                listed = (entry.application for entry in self._entries.values())
+                await self._forget_others(frozenset((*listed, *retired)))
 
     async def _serve(self, entry: CatalogEntry, served: ServedModel | None) -> ServedModel:
         """`entry` as a served model; keeps the pool, and with it the streams, of the one served before."""
@@ -161,8 +180,8 @@ class Catalog:
         await self.constraints.close()
 
     def _pools(self) -> list[EnginePool]:
-        self._retired = [pool for pool in self._retired if not pool.empty]
-        return [*(model.pool for model in self._served.values()), *self._retired]
+        self._retired = [(application, pool) for application, pool in self._retired if not pool.empty]
+        return [*(model.pool for model in self._served.values()), *(pool for _, pool in self._retired)]
 
     async def _refresh_for_ever(self) -> None:
         while True:
@@ -185,7 +204,10 @@ class Catalog:
             woke = now
             if now >= stalled_until:
                 for pool in self._pools():
-                    pool.check_silence(now)
+                    try:
+                        pool.check_silence(now)
+                    except Exception:  # of one pool: the others must still notice replicas that hang
+                        log.exception("silence not looked for", model=pool.model)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

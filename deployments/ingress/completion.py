@@ -137,7 +137,7 @@ class Completion:
                 AdmissionRequest(
                     request_id=self.id,
                     key_id=self._key.key_id,
-                    model=request.model,
+                    model=self.model.entry.name,
                     prompts=self._prompts_to_encode(),
                     max_tokens=max(1, request.tokens_per_choice),
                     choices=request.candidates,
@@ -198,7 +198,7 @@ class Completion:
         return Account(
             request_id=self.id,
             key_id=self._key.key_id,
-            model=request.model,
+            model=self.model.entry.name,
             prompt_tokens=sum(map(len, self._prompts)),
             choices=len(self._prompts) * request.candidates,
             team=self._key.team,
@@ -559,7 +559,7 @@ class Completion:
             "completion",
             completion=self.id,
             status=status,
-            model=self.request.model,
+            model=self.model.entry.name,
             prompt_tokens=settlement.prompt_tokens,
             completion_tokens=settlement.completion_tokens,
             resumes=settlement.resumes,

@@ -50,10 +50,11 @@ class CompletionResponse(Response):
             "id": completion.id,
             "object": "text_completion",
             "created": completion.created,
-            "model": completion.request.model,
+            "model": completion.model.entry.name,
             "system_fingerprint": completion.model.entry.fingerprint,
         }
         self._limits = rate_limit_headers(completion.rate_limits)
+        self._cold_keep_alive_s = _COLD_KEEP_ALIVE_S
         self._started = False
         self._connection: Connection | None = None
         self.background = None
@@ -115,6 +116,7 @@ class CompletionResponse(Response):
         completion = self._completion
         options = completion.request.stream_options
         usage_follows = options is not None and bool(options.include_usage)
+        obfuscated = options is not None and bool(options.include_obfuscation)
         continuous = usage_follows and options is not None and bool(options.continuous_usage_stats)  # as in vLLM
         template = ChunkTemplate(self._head, usage_follows=usage_follows)
         idle = _IdleTimer(self._idle_limit_s, completion.wake)
@@ -124,13 +126,16 @@ class CompletionResponse(Response):
                     template.chunk(delta, completion.usage_of(delta.choice) if continuous else None)
                     for delta in await completion.deltas()
                 ]
+                if completion.finished and usage_follows:
+                    chunks.append(template.usage(completion.usage()))
+                if obfuscated:
+                    chunks = list(map(template.obfuscated, chunks))
                 if completion.finished:
-                    if usage_follows:
-                        chunks.append(template.usage(completion.usage()))
                     chunks.append(DONE)
                     completion.settle("finished")
                 elif not chunks and idle.due:
                     chunks.append(KEEP_ALIVE)
+                    self._cold_keep_alive_s *= 2
                 if chunks:
                     await self._send(send, b"".join(chunks), more=not completion.finished)
                     idle.restart()
@@ -139,7 +144,7 @@ class CompletionResponse(Response):
 
     def _idle_limit_s(self) -> float:
         limit_s = self._keep_alive_s
-        return min(_COLD_KEEP_ALIVE_S, limit_s) if self._completion.awaits_cold_start else limit_s
+        return min(self._cold_keep_alive_s, limit_s) if self._completion.awaits_cold_start else limit_s
 
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
         if not self._started:
@@ -159,7 +164,9 @@ class CompletionResponse(Response):
 
 
 _COLD_KEEP_ALIVE_S = 1.0
-"""A client that waits for the first replica of a pool sees from the first second on that something happens."""
+"""A client that waits for the first replica of a pool sees from the first second on that something happens. Then the
+comments come half as often each time, since there are clients that give up after so many lines without data (go-openai:
+300)."""
 
 
 class _IdleTimer:

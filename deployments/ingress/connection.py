@@ -5,8 +5,9 @@ HAProxy in front neither buffers a request nor bounds its body, and gives a clie
 each answer an id that it has not checked.
 
 Out of reach is what others answer before a request comes here. HAProxy, in HTML and without an id: what is no HTTP
-(400), and everything while nothing is up behind it (500). Ray's proxy, HAProxy's stand-in while no ingress runs, and a
-stopping replica, in plain text: 503, with the id as it came. Ray Serve: an x-request-id that is no UTF-8 (500, no id).
+(400), and everything while nothing is up behind it (500); without an id: Serve's own routes, which it closes (404).
+Ray's proxy, HAProxy's stand-in while no ingress runs, and a stopping replica, in plain text: 503, with the id as it
+came. Ray Serve: an x-request-id that is no UTF-8 (500, no id).
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PIECE_BYTES = 64 * 1024
 """A larger body is written in pieces of this size. A server holds back the write after one that has filled its buffer,
 so an answer in one piece would never be held back, and nobody would notice that the client does not take it."""
-_CORS_REQUEST_HEADERS = ("Authorization", "Content-Type", "x-llm-api-key", "x-request-id")
 _CORS_RESPONSE_HEADERS = (
     "x-request-id",
     "retry-after",
+    "x-should-retry",
     # As OpenAI names them; there are no patterns in Access-Control-Expose-Headers.
     *(f"x-ratelimit-{part}-{unit}" for part in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
 )
@@ -65,9 +66,13 @@ class ConnectionMiddleware:
             app = CORSMiddleware(
                 app,
                 allow_origins=cors_origins,
-                allow_methods=("GET", "POST"),
-                allow_headers=_CORS_REQUEST_HEADERS,
+                allow_methods=("GET", "HEAD", "POST"),
+                # Whatever the page asks for: clients send headers of their own (x-stainless-… of OpenAI's), which have
+                # no effect here, and the browser refuses the whole request over one that is not allowed.
+                allow_headers=("*",),
                 allow_credentials=False,
+                # To a server on the user's own machine or network, by pages that the operator has named.
+                allow_private_network="*" not in cors_origins,
                 expose_headers=_CORS_RESPONSE_HEADERS,
             )
         self._app = app
@@ -88,7 +93,9 @@ class ConnectionMiddleware:
                 self._told = True
                 log.info("where answers are written", to="connection" if connection is not None else "every layer")
             scope.setdefault("extensions", {})[CONNECTION] = connection
-            answer = _Answer(send, connection, self._write_timeout_s, request_id)
+            answer = _Answer(
+                send, connection, self._write_timeout_s, request_id, chunks=scope.get("http_version") != "1.0"
+            )
             try:
                 await self._app(scope, upload.receive, answer.send)
             except ClientGone:
@@ -136,8 +143,13 @@ class _Upload:
 class _Answer:
     """What the client is sent. One timer watches over all of it: a stream writes thousands of times a second."""
 
-    def __init__(self, send: Send, connection: Connection | None, limit_s: float, request_id: str) -> None:
+    def __init__(
+        self, send: Send, connection: Connection | None, limit_s: float, request_id: str, *, chunks: bool
+    ) -> None:
+        """`chunks`: the client knows the chunked encoding."""
         self.cut_off = False
+        self._chunks = chunks
+        self._ends_by_closing = False
         self._send = send
         self._connection = connection
         self._limit_s = limit_s
@@ -152,6 +164,8 @@ class _Answer:
         """Raises ClientGone."""
         if message["type"] == "http.response.start":
             message = _FinalStart(message, self._request_id)
+            if not self._chunks and self._connection is not None and not _has_length(message):
+                self._ends_by_closing = self._connection.end_body_by_closing()
         body = message.get("body", b"")
         if len(body) > _PIECE_BYTES:
             last = (len(body) - 1) // _PIECE_BYTES * _PIECE_BYTES
@@ -173,6 +187,8 @@ class _Answer:
         self._since_s = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_at(self._since_s + self._limit_s, self._check)
+        if self._ends_by_closing and self._connection is not None:
+            self._connection.expect(len(message.get("body", b"")))
         try:
             await self._send(message)
         except asyncio.CancelledError:
@@ -194,6 +210,10 @@ class _Answer:
             self._writer.cancel()
         if self._connection is not None:
             self._connection.reset()
+
+
+def _has_length(start: Message) -> bool:
+    return any(name.lower() == b"content-length" for name, _ in start["headers"])
 
 
 class _FinalStart(dict[str, Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,7 @@ __all__ = ["IngressDeployment"]
 
 
 @serve.ingress()
-class IngressDeployment:
-    """One HTTP front end. `user_config` carries the catalog, so that models come and go without a restart."""
-
+class _Ingress:
     def __init__(
         self,
         *meters: DeploymentHandle[Any],
@@ -57,7 +56,7 @@ class IngressDeployment:
             admission_timeout_s=admission_timeout_s,
         )
         self._rounds = WriteRounds()
-        self._catalog = Catalog(self._pools.existing, self._open_pool)
+        self._catalog = Catalog(self._pools.existing, self._open_pool, self._pools.forget_others)
         self._settings = IngressSettings(
             request_body_limit_bytes,
             keep_alive_s,
@@ -108,10 +107,25 @@ class IngressDeployment:
         watch_replicas(entry.application, pool.replicas_changed)
         return pool
 
-    async def __del__(self) -> None:
+    async def _close(self) -> None:
         if self._running:
             self._running = False
             await self._catalog.close()
             await self._meter.close()
             for meter in self._meters:
                 meter.close()
+
+
+class IngressDeployment(_Ingress):
+    """One HTTP front end. `user_config` carries the catalog, so that models come and go without a restart."""
+
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Serve calls this when it stops the replica and awaits what it returns. Not `async def`, as what `ingress`
+        puts there: the garbage collector calls it too, and would leave a coroutine that nobody awaits."""
+        made = self.__dict__.pop("_settings", None) is not None  # missing when __init__ failed
+        return self._shut_down(super().__del__) if made else None  # type: ignore[misc]
+
+    async def _shut_down(self, end_app: Callable[[], Awaitable[None]]) -> None:
+        """`end_app` is Serve's own, of the ASGI app."""
+        await end_app()
+        await self._close()

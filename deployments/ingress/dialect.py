@@ -1,7 +1,8 @@
 """The faces of the one completion endpoint: what clients of four APIs send and expect, as data over one request.
 
-All take every parameter of completion_request.py, narrowed where their documents are narrower, and answer alike but for
-what stands here. docs/api.md has them side by side, made from these instances.
+All take every parameter of completion_request.py, narrowed where their documents are narrower and with vLLM's limits
+where only OpenAI's document has narrower ones, and answer alike but for what stands here. docs/api.md has them side by
+side, made from these instances.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class CompletionRequestD1(CompletionRequest):
     """Wins over `max_tokens`."""
     stop: Annotated[StopArray, Source("D1")] = ()
     """Texts that end a choice; they are not part of its text."""
+    logprobs: Annotated[int | None, Field(ge=0, le=20), Source("vLLM")] = None
+    """Tells the log probability of each token, and of so many of the likeliest at its position."""
 
     @property
     def tokens_per_choice(self) -> int:
@@ -74,6 +77,8 @@ class CompletionRequestD2(CompletionRequest):
     """Randomness of sampling; 0 always takes the likeliest token."""
     stop: Annotated[StopsOfOneOrMore, Source("D2")] = ()
     """Texts that end a choice; they are not part of its text."""
+    logprobs: Annotated[int | None, Field(ge=0, le=20), Source("vLLM")] = None
+    """Tells the log probability of each token, and of so many of the likeliest at its position."""
 
 
 class Credential(NamedTuple):
@@ -115,9 +120,14 @@ class Dialect:
                 return value
         return ""
 
-    def missing_key(self) -> InvalidApiKey:
+    def missing_key(self, headers: Mapping[str, str]) -> InvalidApiKey:
+        """Of `headers` in which `key` found none."""
         header, bare = self.credentials[0]
         usage = f"'{header}: {'' if bare else 'Bearer '}KEY'"
+        if value := headers.get(_BEARER.header, "").strip():
+            scheme = value.split(None, 1)[0].lower()
+            wrong = "has no key behind Bearer" if scheme == "bearer" else "does not begin with Bearer"
+            return InvalidApiKey(f"The header '{_BEARER.header}' {wrong}. Send the API key as {usage}.")
         return InvalidApiKey(f"You didn't provide an API key. Send it in the header {usage}.")
 
     def parse(self, body: bytes, query_model: str | None) -> CompletionRequest:

@@ -54,6 +54,19 @@ class Connection:
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
         return True
 
+    def end_body_by_closing(self) -> bool:
+        """For a client of HTTP/1.0, which knows no chunks, before the answer is started. uvicorn's parser for it, h11,
+        does so itself; httptools writes chunks to all. False where nothing needs to be done."""
+        if not isinstance(self._cycle, HttptoolsCycle):
+            return False
+        self._cycle.chunked_encoding = False
+        return True
+
+    def expect(self, size_bytes: int) -> None:
+        """Of a body that is ended by closing: so much is sent next. uvicorn holds each `send` to a length."""
+        if isinstance(self._cycle, HttptoolsCycle):
+            self._cycle.expected_content_length = size_bytes
+
     def reset(self) -> None:
         """Drop the connection with what is buffered for it, which its client does not read.
 

@@ -37,6 +37,7 @@ __all__ = [
     "RequestTimeout",
     "RouteNotFound",
     "ServiceUnavailable",
+    "UnsupportedEncoding",
     "UnsupportedMediaType",
     "rate_limit_headers",
 ]
@@ -186,6 +187,13 @@ class UnsupportedMediaType(ApiError):
 
     status = 415
     type = "invalid_request_error"
+
+
+class UnsupportedEncoding(UnsupportedMediaType):
+    """The body is compressed in another way than with gzip."""
+
+    def headers(self) -> dict[str, str]:
+        return {"accept-encoding": "gzip"}
 
 
 class RateLimitExceeded(ApiError):

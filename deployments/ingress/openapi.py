@@ -103,7 +103,8 @@ _EXAMPLES: Final[dict[str, Json]] = {
 }
 _EXAMPLE_CHUNK: Final = (
     'data: {"id":"cmpl-1","object":"text_completion","created":1753859563,"model":"smollm2-135m",'
-    '"system_fingerprint":"fp_1","choices":[{"index":0,"text":", there","logprobs":null,"finish_reason":null}]}'
+    '"system_fingerprint":"fp_1","choices":[{"index":0,"text":", there","logprobs":null,"finish_reason":null,'
+    '"stop_reason":null,"token_ids":null,"prompt_token_ids":null}]}'
     "\n\ndata: [DONE]\n\n"
 )
 
@@ -268,15 +269,18 @@ def _operations() -> Json:
                 security=ADMIN_SECURITY,
             )
         },
-        "/healthz": {
-            "get": operation(
-                "operation",
-                "Tell whether the process runs",
-                "health",
-                answered("It does.", json_content("Health")),
-                500,
-                **public,
-            )
+        **{
+            path: {
+                "get": operation(
+                    "operation",
+                    "Tell whether the process runs",
+                    name,
+                    answered("It does.", json_content("Health")),
+                    500,
+                    **public,
+                )
+            }
+            for path, name in (("/healthz", "health"), ("/health", "healthAsInVllm"))
         },
         "/readyz": {"get": ready},
         "/openapi.json": {
@@ -313,7 +317,7 @@ def openapi_document() -> Json:
             "title": "Millstream",
             "version": version("millstream"),
             "description": "OpenAI-compatible completions. Of a key that comes twice in a JSON object the last one "
-            "counts; a parameter that is not listed is refused by name.",
+            "counts; a parameter that is not listed is refused by name. HEAD is answered wherever GET is.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],

@@ -36,9 +36,12 @@ __all__ = [
 ]
 
 MAX_MODEL_NAME = 256
-"""Characters; those of cluster.yaml have 63 at most."""
+"""Characters; those of cluster.yaml have 96 at most."""
 
 _MAX_STOPS = 4
+"""OpenAI's."""
+_MAX_STOPS_OF_ARRAYS = 64
+"""Of the dialects whose documents name no limit. vLLM has none either; this bounds the search for them."""
 _MAX_STOP_CHARACTERS = 512
 """Each token is matched against all of them."""
 _MAX_BIASED_TOKENS = 1024
@@ -109,35 +112,44 @@ TextPrompt = Annotated[list[str | list[int]], PlainValidator(_text_prompt, json_
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stops, list) or len(stops) > _MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise ValueError(f"expected a non-empty string or an array of up to {_MAX_STOPS} of them")
+    stops = [value] if isinstance(value, str) else value
+    return _checked(stops, _MAX_STOPS, f"a non-empty string or an array of up to {_MAX_STOPS} of them")
+
+
+def _stop_array(value: Any) -> tuple[str, ...]:
+    return _checked(value, _MAX_STOPS_OF_ARRAYS, f"an array of up to {_MAX_STOPS_OF_ARRAYS} non-empty strings")
+
+
+def _stops_of_one_or_more(value: Any) -> tuple[str, ...]:
+    stops = 0 if value == [] else value
+    return _checked(stops, _MAX_STOPS_OF_ARRAYS, f"an array of 1 to {_MAX_STOPS_OF_ARRAYS} non-empty strings")
+
+
+def _checked(stops: Any, most: int, expected: str) -> tuple[str, ...]:
+    if stops is None:
+        return ()
+    if not isinstance(stops, list) or len(stops) > most or not all(isinstance(each, str) and each for each in stops):
+        raise ValueError(f"expected {expected}")
     if any(len(stop) > _MAX_STOP_CHARACTERS for stop in stops):
         raise ValueError(f"expected strings of at most {_MAX_STOP_CHARACTERS} characters")
     return tuple(stops)
 
 
-def _stop_array(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise ValueError(f"expected an array of up to {_MAX_STOPS} non-empty strings")
-    return _stops(value)
-
-
-def _stops_of_one_or_more(value: Any) -> tuple[str, ...]:
-    if value == []:
-        raise ValueError(f"expected an array of 1 to {_MAX_STOPS} non-empty strings")
-    return _stop_array(value)
-
-
 _Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
 _StopArray = Annotated[list[_Stop], Field(max_length=_MAX_STOPS)]
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=_Stop | _StopArray | None)]
-StopArray = Annotated[tuple[str, ...], PlainValidator(_stop_array, json_schema_input_type=_StopArray | None)]
+StopArray = Annotated[
+    tuple[str, ...],
+    PlainValidator(
+        _stop_array,
+        json_schema_input_type=Annotated[list[_Stop], Field(max_length=_MAX_STOPS_OF_ARRAYS)] | None,
+    ),
+]
 StopsOfOneOrMore = Annotated[
     tuple[str, ...],
     PlainValidator(
         _stops_of_one_or_more,
-        json_schema_input_type=Annotated[list[_Stop], Field(min_length=1, max_length=_MAX_STOPS)] | None,
+        json_schema_input_type=Annotated[list[_Stop], Field(min_length=1, max_length=_MAX_STOPS_OF_ARRAYS)] | None,
     ),
 ]
 
@@ -230,8 +242,9 @@ ExtraArguments = Annotated[
 
 @dataclass(frozen=True)
 class NotServed:
-    """A parameter that clients know from vLLM and that has no effect here. Null and its neutral value, with which it
-    has none there either, are accepted; all others are refused with the reason. For `Annotated`."""
+    """A parameter that clients know from other servers and that has no effect here. Null and its neutral value, with
+    which it has none there either, are accepted; all others are refused with the reason. For `Annotated`. An empty
+    array is as neutral as an empty text, where that is it."""
 
     reason: str
     neutral: str | float | bool | None = None
@@ -239,11 +252,14 @@ class NotServed:
     def _check(self, value: Any) -> Any:
         if value is None or (value == self.neutral and isinstance(value, bool) == isinstance(self.neutral, bool)):
             return value
+        if value == [] and self.neutral == "":
+            return value
         raise ValueError(self.reason)
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)
 
     def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        accepted: JsonSchemaValue = {"type": "null"} if self.neutral is None else {"enum": [None, self.neutral]}
+        empty: list[list[str]] = [[]] if self.neutral == "" else []
+        accepted: JsonSchemaValue = {"type": "null"} if self.neutral is None else {"enum": [None, self.neutral, *empty]}
         return accepted | {"description": f"Not served: {self.reason}."}

@@ -7,6 +7,7 @@ tests/deployments/ingress/test_request_body.py has the worst of it.
 
 from __future__ import annotations
 
+import codecs
 from typing import ClassVar, Final, TypeVar
 
 import msgspec
@@ -51,6 +52,15 @@ class Body(BaseModel):
 
 B = TypeVar("B", bound=Body)
 
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # begins like that of UTF-16
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+"""What editors and PowerShell put before a text, and JSON does not allow: RFC 8259, section 8.1."""
+
 
 def parse_body(body: bytes, kind: type[B]) -> B:
     """Raises InvalidRequest that names the first wrong parameter and says what was expected. Of a key that comes twice
@@ -60,6 +70,11 @@ def parse_body(body: bytes, kind: type[B]) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if (mark := next((name for start, name in _BYTE_ORDER_MARKS if body.startswith(start)), None)) is not None:
+            raise InvalidRequest(
+                f"The body is not valid JSON: it begins with a byte order mark of {mark}. Send UTF-8 without one.",
+                kind="json_invalid",
+            ) from None
         raise _explained(error.errors(include_url=False, include_input=False)[0]) from None
 
 

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.contracts import IngressCounters, unpack
 from deployments.engine.engine import EngineError
-from deployments.engine.replica_directory import ReplicaGone, replicas_of
+from deployments.engine.replica_directory import ReplicaGone, forget_replicas, replicas_of
 from deployments.ingress.replica_stream import ReplicaLost
 from deployments.step_connection import StepLine, step_line
 from deployments.ticketed_connection import Ticket
@@ -33,6 +33,9 @@ come through bare; and a connection."""
 
 
 _PROBE_LIMIT_S = 0.2
+_PROBES_AT_ONCE = 16
+"""Each may take all of its time, and the list of models is looked through every second."""
+_CLOSE_LIMIT_S = 2.0
 _COUNTERS_LIMIT_S = 2.0
 _STATUS_PERIOD_S = 5.0
 """How often Serve's status is asked for while pools are empty."""
@@ -62,7 +65,7 @@ class ServeReplica:
 
 class ServePools:
     """The engine pools of this cluster, by application. A handle is made once and survives the application's deletion
-    and redeployment; its router tells replica_directory.py of the replicas."""
+    and redeployment, until the model is no longer listed; its router tells replica_directory.py of the replicas."""
 
     def __init__(self, deployment: str) -> None:
         self._deployment = deployment
@@ -70,14 +73,33 @@ class ServePools:
         self._known: frozenset[str] = frozenset()
         """The applications of Serve when its status was last asked for."""
         self._asked_at = -math.inf
+        self._asking = asyncio.Lock()
+        self._turns = asyncio.Semaphore(_PROBES_AT_ONCE)
 
     async def existing(self, applications: Iterable[str]) -> frozenset[str]:
         """Those of `applications` that Serve knows, whatever their state."""
-        return frozenset([application for application in applications if await self._exists(application)])
+        asked = list(applications)
+        found = await asyncio.gather(*map(self._exists_in_turn, asked))
+        return frozenset(application for application, exists in zip(asked, found, strict=True) if exists)
+
+    async def forget_others(self, applications: frozenset[str]) -> None:
+        """Closes the handles, and with each its router, of all applications but these: nobody has a stream there."""
+        for application in self._handles.keys() - applications:
+            handle = self._handles.pop(application)
+            forget_replicas(application)
+            try:
+                async with asyncio.timeout(_CLOSE_LIMIT_S):
+                    await handle.shutdown_async()
+            except (*_UNREACHABLE, TimeoutError) as error:
+                log.warning("handle not closed", application=application, reason=repr(error))
 
     def replica(self, application: str, replica_id: str) -> ServeReplica:
         """`application` must have been found to exist before."""
         return ServeReplica(self._handles[application], replica_id)
+
+    async def _exists_in_turn(self, application: str) -> bool:
+        async with self._turns:
+            return await self._exists(application)
 
     async def _exists(self, application: str) -> bool:
         if application not in self._handles:
@@ -105,11 +127,12 @@ class ServePools:
     async def _in_status(self, application: str) -> bool:
         """Whether Serve has the application, as its status said lately. Costs 50 ms of this process, and no call to the
         pool, which is empty."""
-        now = time.monotonic()
-        if now - self._asked_at >= _STATUS_PERIOD_S:
-            self._asked_at = now
-            self._known = frozenset((await asyncio.to_thread(serve.status)).applications)
-        return application in self._known
+        async with self._asking:  # the others wait for the answer to one
+            now = time.monotonic()
+            if now - self._asked_at >= _STATUS_PERIOD_S:
+                self._asked_at = now
+                self._known = frozenset((await asyncio.to_thread(serve.status)).applications)
+            return application in self._known
 
 
 class ServePeers:

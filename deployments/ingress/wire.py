@@ -7,6 +7,7 @@ from bytes: a third of the time of building a dictionary and dumping it with msg
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from secrets import token_hex
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -17,6 +18,11 @@ __all__ = ["DONE", "KEEP_ALIVE", "Choice", "ChoiceDelta", "ChunkTemplate", "Usag
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment with a blank line behind it: of clients that split at blank lines and skip what begins with a colon, as
+`vllm bench serve`, it would take the next event with it otherwise."""
+
+_OBFUSCATED_BYTES = 256
+_OBFUSCATED_END = b'"}\n\n'
 
 _to_json = msgspec.json.encode
 
@@ -53,9 +59,9 @@ class ChoiceDelta(NamedTuple):
     """The same."""
 
 
-class Choice(msgspec.Struct, omit_defaults=True):
+class Choice(msgspec.Struct):
     """One choice as a whole, in the order of the wire. Source: the Completions reference; from `stop_reason` on, vLLM's
-    CompletionResponseChoice."""
+    CompletionResponseChoice, in which what nobody asked for is null."""
 
     index: int
     text: str
@@ -100,7 +106,7 @@ class ChunkTemplate:
 
     def chunk(self, delta: ChoiceDelta, usage: Usage | None = None) -> bytes:
         """With `usage` as it is so far where the caller asked for it on every chunk."""
-        reason = b"null"
+        reason = _NO_REASON
         if delta.finish_reason is not None:
             reason = b'"%b","stop_reason":%b' % (delta.finish_reason.encode(), _to_json(delta.stop_reason))
         return b'%b%d,"text":%b,"logprobs":%b,"finish_reason":%b%b%b' % (
@@ -109,20 +115,30 @@ class ChunkTemplate:
             _to_json(delta.text),
             b"null" if delta.logprobs is None else _to_json(delta.logprobs),
             reason,
-            b"" if delta.token_ids is None else _token_ids(delta),
+            _NO_TOKEN_IDS if delta.token_ids is None else _token_ids(delta),
             self._tail if usage is None else b'}],"usage":%b}\n\n' % _to_json(usage.fields()),
         )
+
+    @staticmethod
+    def obfuscated(chunk: bytes) -> bytes:
+        """`chunk` with a field of random letters that makes its length a multiple of _OBFUSCATED_BYTES. In OpenAI's
+        streams it stands against those who tell texts by the sizes of encrypted packets."""
+        begin = chunk.removesuffix(b"}\n\n") + b',"obfuscation":"'
+        missing = -(len(begin) + len(_OBFUSCATED_END)) % _OBFUSCATED_BYTES
+        return begin + token_hex(missing)[:missing].encode() + _OBFUSCATED_END
 
     def usage(self, usage: Usage) -> bytes:
         """The last chunk of a stream whose caller asked for usage: no choices."""
         return b'%b],"usage":%b}\n\n' % (self._head, _to_json(usage.fields()))
 
 
+_NO_REASON = b'null,"stop_reason":null'
+_NO_TOKEN_IDS = b',"token_ids":null,"prompt_token_ids":null'
+"""As in vLLM's chunks, whose clients read both without asking whether they are there."""
+
+
 def _token_ids(delta: ChoiceDelta) -> bytes:
-    fields = {"token_ids": delta.token_ids}
-    if delta.prompt_token_ids is not None:
-        fields["prompt_token_ids"] = delta.prompt_token_ids
-    return b"," + _to_json(fields)[1:-1]
+    return b',"token_ids":%b,"prompt_token_ids":%b' % (_to_json(delta.token_ids), _to_json(delta.prompt_token_ids))
 
 
 def error_event(body: bytes) -> bytes:

@@ -76,7 +76,7 @@ class Admission:
         if entry is None:
             return AdmissionRefused("model_not_found", f"The model `{request.model}` does not exist.", param="model")
         model = entry.model
-        if key.record.models is not None and model.name not in key.record.models:
+        if not model.usable_with(key.record.models):
             return AdmissionRefused(
                 "model_not_allowed", f"This API key may not use the model `{model.name}`.", param="model"
             )

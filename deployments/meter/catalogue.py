@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class MeteredModel:
     """One model of the cluster, as the meter needs to know it."""
 
     name: str
-    """As requests name it."""
+    """As requests name it, whatever the client wrote."""
     folder: Path
     """Holds `tokenizer.json`."""
     max_model_len: int
@@ -26,6 +26,12 @@ class MeteredModel:
     prompt_price: float = 0.0
     """Per million tokens, as the one below."""
     completion_price: float = 0.0
+    aliases: tuple[str, ...] = ()
+    """Its other names, which keys may be limited to."""
+
+    def usable_with(self, models: Collection[str] | None) -> bool:
+        """Whether a key may use it that is limited to `models`; None allows all."""
+        return models is None or self.name in models or any(alias in models for alias in self.aliases)
 
 
 class CatalogueEntry(NamedTuple):

@@ -6,8 +6,9 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from pathlib import Path
 from typing import Final
 
 import sqlalchemy as sa
@@ -46,6 +47,7 @@ def open_database(database_url: str) -> sa.Engine:
             if url.database in (None, "", ":memory:"):
                 raise ValueError("database_url: SQLite in memory keeps nothing, expected sqlite:///<path of a file>")
             engine = sa.create_engine(url, hide_parameters=True)
+            sa.event.listen(engine, "do_connect", partial(_make_private, Path(url.database)))
             sa.event.listen(engine, "connect", _set_up_sqlite)
             return engine
         case "postgresql":
@@ -60,6 +62,12 @@ def open_database(database_url: str) -> sa.Engine:
             )
         case other:
             raise ValueError(f"database_url: {other} is not supported, expected sqlite or postgresql")
+
+
+def _make_private(file: Path, *_connecting: object) -> None:
+    """A new file is its owner's only: it has every caller's usage. SQLite gives those beside it the same mode."""
+    with suppress(FileExistsError):
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:

@@ -62,8 +62,9 @@ class MeterDeployment:
         self._server: MeterServer | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls this before the first request and on changes: `{"models": [{"name", "folder", "max_model_len",
-        "prompt_price", "completion_price"}]}`. Raises as Meter, TimeoutError when its predecessor does not end."""
+        """Serve calls this before the first request and on changes: `{"models": [{"name", "aliases", "folder",
+        "max_model_len", "prompt_price", "completion_price"}]}`. Raises as Meter, TimeoutError when its predecessor does
+        not end."""
         if self._opened is None:
             self._opened = await self._open()
             await self._opened.start()
@@ -77,6 +78,7 @@ class MeterDeployment:
                 max_model_len=model["max_model_len"],
                 prompt_price=model["prompt_price"],
                 completion_price=model["completion_price"],
+                aliases=tuple(model.get("aliases", ())),
             )
             for model in user_config["models"]
         )

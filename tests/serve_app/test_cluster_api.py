@@ -66,7 +66,12 @@ def test_a_completion_is_greedy_and_as_long_as_asked() -> None:
 def test_what_is_asked_is_answered() -> None:
     answers = {
         "/admin/v1/replicas": {"data": [{"id": "r"}]},
-        "/v1/models": {"data": [{"id": "m", "max_model_len": 10}]},
+        "/v1/models": {
+            "data": [
+                {"id": "m", "max_model_len": 10, "parent": None},
+                {"id": "alias", "max_model_len": 10, "parent": "m"},
+            ]
+        },
         "/tokenize": {"tokens": [1, 2]},
     }
     with api(lambda request: httpx.Response(200, json=answers[request.url.path])) as cluster:

@@ -308,11 +308,32 @@ def test_a_sharded_engine_has_a_gpu_per_shard_or_none(load: Load, gpus: str) -> 
     assert load(in_model(VLLM + f"resources: {{gpus: {gpus}}}")).models[0].resources.gpus == float(gpus)
 
 
-@pytest.mark.parametrize("name", ["A", "a_b", "-a", "a-", "a.", "'a\n'", "a/b", "''", "a" * 64])
-def test_a_model_name_must_fit_into_an_application_name(refuse: Refuse, name: str) -> None:
+@pytest.mark.parametrize("name", ["m", "Qwen/Qwen2.5-7B", "A", "a_b", "a.b/C_d-e", "a" * 96])
+def test_models_are_named_as_on_the_hub(load: Load, name: str) -> None:
+    [model] = load(f"models: [{{name: {name}, source: package://p, engine: {{kind: simulated}}}}]").models
+    assert model.name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["-a", "a-", "a.", "'a\n'", "a/b/c", "/a", "a/", "a//b", "../a", "a~b", "'a b'", "ä", "''", "a" * 97]
+)
+def test_a_model_name_must_be_safe_in_urls_and_file_names(refuse: Refuse, name: str) -> None:
     [problem] = refuse(f"models: [{{name: {name}, source: package://p, engine: {{kind: simulated}}}}]")
     assert problem.key == "models[0].name"
     assert problem.expected.startswith("a model name")
+    [problem] = refuse(f"models: [{{name: m, aliases: [{name}], source: package://p, engine: {{kind: simulated}}}}]")
+    assert (problem.key, problem.expected[:12]) == ("models[0].aliases[0]", "a model name")
+
+
+def test_aliases_are_unique_among_all_names(refuse: Refuse, load: Load) -> None:
+    model = "  - {name: %s, aliases: [%s], source: package://p, engine: {kind: simulated}}\n"
+    assert load("models:\n" + model % ("a", "gpt-4, X/Y")).models[0].aliases == ("gpt-4", "X/Y")
+    text = "models:\n" + model % ("a", "b, c, c") + model % ("b", "a, d")
+    assert [(problem.line, problem.key, problem.expected) for problem in refuse(text)] == [
+        (2, "models[0].aliases[2]", "a name of its own (models[0] has this one)"),
+        (3, "models[1].name", "a name of its own (models[0] has this one)"),
+        (3, "models[1].aliases[0]", "a name of its own (models[0] has this one)"),
+    ]
 
 
 @pytest.mark.parametrize("source", ["name", "package://a.b", "package://", "a/b/c", "https://hub/a", "''"])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 from ray import _raylet
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from serve_app.config import ClusterConfig
 from serve_app.ray_node import RayNode, RayNodeError, client_timeout_s, serve_environment, write_haproxy_launcher
+from tests.conftest import eventually
 
 CONFIG = ClusterConfig.model_validate({"models": [{"name": "m", "source": "/model", "engine": {"kind": "simulated"}}]})
 
@@ -66,6 +71,46 @@ def test_rays_connections_outlast_a_host_that_ray_does_not_give_up() -> None:
     # What was lost is sent again after pauses that double: of 0.2 s at first, 102 s after the first loss if 65 s were
     # too short.
     assert int(environment["RAY_grpc_keepalive_timeout_ms"]) > 102_000
+
+
+async def test_haproxy_closes_serves_own_routes_but_for_the_health_check(tmp_path: Path) -> None:
+    """On Ray's own template."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    rules = re.findall(r"(?m)^    (?:acl|http-request return).*(?:routes|routes_message.*)$", HAPROXY_CONFIG_TEMPLATE)
+    assert len(rules) == 2
+    rules[1] = re.sub(r'string ".*"', 'string "{}"', re.sub("{{ .*?content_type }}", "text/plain", rules[1]))
+    rules[1] = re.sub("{{ .*?status }}", "200", rules[1])
+    configuration = tmp_path / "haproxy.cfg"
+    configuration.write_text(
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout server 5s\n    timeout client 65s\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{port}\n"
+        "    http-request return status 200 content-type text/plain string success if { path -i /-/healthz }\n"
+        + "\n".join(rules)
+        + "\n    http-request return status 200 content-type text/plain string ingress\n"
+    )
+    write_haproxy_launcher(tmp_path / "haproxy")
+    environment = {**os.environ, "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "65"}
+    process = await asyncio.create_subprocess_exec(tmp_path / "haproxy", "-f", configuration, env=environment)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+
+            async def is_up() -> bool:
+                try:
+                    return (await client.get("/v1/models")).text == "ingress"
+                except httpx.ConnectError:
+                    return False
+
+            await eventually(is_up, 10.0, every_s=0.05)
+            assert (await client.get("/-/healthz")).text == "success"
+            for path in ("/-/routes", "/-/ROUTES", "/%2d/routes", "/%2D%2froutes", "/-/healthz/", "/-/anything"):
+                answer = await client.get(path)
+                assert (answer.status_code, answer.headers["content-type"]) == (404, "application/json"), path
+                assert answer.json()["error"]["type"] == "invalid_request_error"
+            assert (await client.get("/-routes")).text == "ingress"
+    finally:
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 10.0)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ async def gateway(
     folder: Path,
     *,
     models: tuple[str, ...] = ("m",),
+    aliases: tuple[str, ...] = (),
     replicas: int = 1,
     settings: SimulatorSettings = SETTINGS,
     max_waiting: int = 1000,
@@ -119,6 +120,7 @@ async def gateway(
             [
                 CatalogEntry(
                     name=name,
+                    aliases=aliases if name == models[0] else (),
                     application=f"model-{name}",
                     folder=folder,
                     max_model_len=2048,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from structlog.testing import capture_logs
 
 from deployments.contracts import KeyInfo, Sampling
 from deployments.ingress.completion import Completion
+from deployments.ingress.openapi import openapi_document
 from deployments.ingress.wire import ChoiceDelta
 from deployments.meter.meter_transport import MeterUnreachable
 from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, text_of
@@ -74,6 +76,9 @@ async def test_a_completion(tmp_path: Path) -> None:
                     "logprobs": None,
                     "finish_reason": "length",
                     "stop_reason": None,
+                    "token_ids": None,
+                    "prompt_token_ids": None,
+                    "prompt_logprobs": None,
                 }
             ],
             "usage": usage(5, 16),
@@ -275,18 +280,26 @@ async def test_comments_keep_a_waiting_stream_alive(tmp_path: Path) -> None:
 
 
 @in_virtual_time
-async def test_a_stream_that_waits_for_a_pool_at_zero_hears_a_comment_every_second(tmp_path: Path) -> None:
+async def test_a_stream_that_waits_for_a_pool_at_zero_hears_comments_ever_less_often(tmp_path: Path) -> None:
     async with gateway(tmp_path, limits=replace(LIMITS, cold_start_timeout_s=100.0)) as gate:
         gate.pool.replicas_changed(frozenset())
         await quiet()
         exchange = gate.request(stream=True)
         await asyncio.sleep(0.9)
         assert exchange.status is None
-        await asyncio.sleep(4.5)
-        assert exchange.events == [": keep-alive"] * 5
+        await asyncio.sleep(0.2)
+        assert exchange.events == [": keep-alive"]
+        await asyncio.sleep(94.0)  # after 1, 3, 7, 15 s, then each keep_alive_s
+        comments = exchange.events.count(": keep-alive")
+        assert comments == 4 + (95 - 15) // 15
         gate.pool.replicas_changed(frozenset(gate.replicas))
         await exchange.task
-        assert text_in(exchange.events[5:-1]) == made_up("hello")
+        assert text_in(exchange.events[comments:-1]) == made_up("hello")
+        # Clients that split at blank lines, and those that read lines.
+        body = exchange.body.decode()
+        blocks = [block for block in body.split("\n\n") if block and not block.startswith(":")]
+        lines = [line for line in body.splitlines() if line.startswith("data: ")]
+        assert blocks == lines
 
 
 @in_virtual_time
@@ -379,6 +392,75 @@ async def test_the_scheme_of_the_key_is_case_insensitive(tmp_path: Path) -> None
 
 
 @in_virtual_time
+async def test_cards_of_models_have_what_vllms_clients_read(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as gate:
+        [card] = (await gate.client.get("/v1/models")).json()["data"]
+        assert (await gate.client.get("/v1/models/m")).json() == card
+        created = card["created"]
+        [permission] = card.pop("permission")
+        assert card == {
+            "id": "m",
+            "object": "model",
+            "created": created,
+            "owned_by": "millstream",
+            "root": "m",
+            "parent": None,
+            "max_model_len": 2048,
+        }
+        assert permission.keys() == {
+            *("id", "object", "created", "organization", "group", "is_blocking"),
+            *("allow_create_engine", "allow_sampling", "allow_logprobs", "allow_search_indices", "allow_view"),
+            "allow_fine_tuning",
+        }
+
+
+@in_virtual_time
+async def test_a_model_answers_to_its_aliases_and_is_metered_under_its_own_name(tmp_path: Path) -> None:
+    name = "Qwen/Qwen2.5-7B"
+    async with gateway(tmp_path, models=(name, "other"), aliases=("gpt-4", "Qwen/latest")) as gate:
+        cards = (await gate.client.get("/v1/models")).json()["data"]
+        own = [(name, None), ("gpt-4", name), ("Qwen/latest", name)]
+        assert [(card["id"], card["parent"]) for card in cards] == [*own, ("other", None)]
+        assert {card["root"] for card in cards} == {name, "other"}
+        for asked, parent in own:
+            for url in (asked, asked.replace("/", "%2F")):
+                card = (await gate.client.get(f"/v1/models/{url}")).json()
+                assert (card["id"], card["parent"]) == (asked, parent)
+            assert (await gate.complete(model=asked)).json()["model"] == name
+            assert {chunk["model"] for chunk in (await gate.stream(model=asked))[:-1]} == {name}
+            tokens = await gate.client.post("/tokenize", json={"model": asked, "prompt": "ab"})
+            assert tokens.json()["count"] == 2
+        await quiet()
+        assert {admission.model for admission in gate.meter.admissions} == {name}
+        assert {settled.account.model for settled in gate.meter.settlements} == {name}
+        for allowed in (name, "Qwen/latest"):  # a key for one of its names sees them all
+            gate.meter.grant("k", KeyInfo("key-k", "k", admin=False, models=(allowed,)))
+            seen = (await gate.client.get("/v1/models", headers={"authorization": "Bearer k"})).json()["data"]
+            assert [(card["id"], card["parent"]) for card in seen] == own
+            await asyncio.sleep(5)
+        missing = await gate.client.get("/v1/models/Qwen/none")
+        assert_error(missing, 404, "model_not_found", param="model", words="'Qwen/none'")
+
+
+@pytest.mark.parametrize("usage_too", [False, True])
+def test_obfuscated_chunks_are_of_like_sizes(tmp_path: Path, usage_too: bool) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as gate:
+            options = {"include_obfuscation": True, "include_usage": usage_too}
+            response = await gate.complete(stream=True, stream_options=options, logprobs=2)
+            *events, done = response.content.removesuffix(b"\n\n").split(b"\n\n")
+            assert done == b"data: [DONE]"
+            assert {(len(event) + 2) % 256 for event in events} == {0}
+            chunks = [json.loads(event.removeprefix(b"data: ")) for event in events]
+            assert text_in(chunks) == made_up("hello")
+            assert len({chunk["obfuscation"] for chunk in chunks}) > 1
+            plain = await gate.stream(stream_options={"include_obfuscation": False})
+            assert all("obfuscation" not in chunk for chunk in plain[:-1])
+
+    run_in_virtual_time(scenario())
+
+
+@in_virtual_time
 async def test_unknown_models_routes_and_methods(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
         assert_error(await gate.complete(model="x"), 404, "model_not_found", param="model", words="'x'")
@@ -391,6 +473,56 @@ async def test_unknown_models_routes_and_methods(tmp_path: Path) -> None:
         assert_error(await gate.client.delete("/v1/models"), 405, None)
         await quiet()
         assert (gate.meter.admissions, gate.meter.settlements) == ([], [])
+
+
+PACKED = {"content-type": "application/json", "content-encoding": "gzip"}
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "GZIP", "identity", ""])
+def test_a_body_may_be_packed_with_gzip(tmp_path: Path, encoding: str) -> None:
+    plain = b'{"model":"m","prompt":"hello"}'
+    body = gzip.compress(plain[:9]) + gzip.compress(plain[9:]) if "gzip" in encoding.lower() else plain
+
+    async def scenario() -> None:
+        async with gateway(tmp_path) as gate:
+            for path in ("/v1/completions", "/tokenize"):
+                response = await gate.client.post(path, content=body, headers=PACKED | {"content-encoding": encoding})
+                assert response.status_code == 200, response.text
+            await quiet()
+
+    run_in_virtual_time(scenario())
+
+
+@in_virtual_time
+async def test_a_packed_body_is_unpacked_no_further_than_the_limit(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as gate:
+        many = gzip.compress(b" " * BODY_LIMIT_BYTES) + gzip.compress(b" ")
+        for bomb in (gzip.compress(b" " * 2**20), many):
+            assert len(bomb) < BODY_LIMIT_BYTES
+            response = await gate.client.post("/v1/completions", content=bomb, headers=PACKED)
+            assert_error(response, 413, None, words="4096 bytes, once it is unpacked")
+        packed = gzip.compress(b"{}")
+        for broken, words in (
+            (b"{}", "not what gzip makes"),
+            (packed[:-1], "ends before"),
+            (packed + b"xyz", "not what"),
+            (packed * 9, "more than 8 pieces"),
+        ):
+            response = await gate.client.post("/v1/completions", content=broken, headers=PACKED)
+            assert_error(response, 400, None, words=words)
+        assert (await gate.client.post("/v1/completions", content=b"", headers=PACKED)).status_code == 400
+        await quiet()
+        assert (gate.meter.admissions, gate.meter.settlements) == ([], [])
+
+
+@in_virtual_time
+async def test_other_encodings_are_refused_with_the_one_there_is(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as gate:
+        for encoding in ("deflate", "br", "zstd", "gzip, gzip", "x" * 1000):
+            headers = PACKED | {"content-encoding": encoding}
+            response = await gate.client.post("/v1/completions", content=b"{}", headers=headers)
+            assert_error(response, 415, None, words="expected 'gzip'")
+            assert response.headers["accept-encoding"] == "gzip"
 
 
 @in_virtual_time
@@ -674,8 +806,8 @@ async def test_models_are_listed(tmp_path: Path) -> None:
         assert [card["id"] for card in listed["data"]] == ["a", "m"]
         card = (await gate.client.get("/v1/models/m")).json()
         assert card == listed["data"][1]
-        assert isinstance(card.pop("created"), int)
-        assert card == {"id": "m", "object": "model", "owned_by": "millstream", "max_model_len": 2048}
+        assert isinstance(card["created"], int)
+        assert (card["owned_by"], card["max_model_len"]) == ("millstream", 2048)
 
 
 @in_virtual_time
@@ -698,9 +830,27 @@ async def test_health_needs_no_key_and_no_meter(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
         gate.meter.error = MeterUnreachable("gone")
         del gate.client.headers["authorization"]
-        response = await gate.client.get("/healthz")
-        assert (response.status_code, response.json()) == (200, {"status": "ok"})
+        for path in ("/healthz", "/health"):
+            response = await gate.client.get(path)
+            assert (response.status_code, response.json()) == (200, {"status": "ok"})
         gate.meter.error = None
+
+
+@in_virtual_time
+async def test_head_is_answered_like_get_on_every_route(tmp_path: Path) -> None:
+    admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+    not_in_memory = ("/v1/usage", "/v1/organization/", "/admin/v1/keys", "/admin/v1/teams")
+    gets = [path for path, methods in openapi_document()["paths"].items() if "get" in methods]
+    async with gateway(tmp_path) as gate:
+        for path in gets:
+            if path.startswith(not_in_memory):
+                continue
+            url = path.replace("{model}", "m")
+            got = await gate.client.get(url, headers=admin)
+            head = await gate.client.head(url, headers=admin)
+            assert (head.status_code, head.headers["content-type"]) == (200, got.headers["content-type"]), path
+        assert (await gate.client.head("/metrics")).status_code == 403
+        assert (await gate.client.head("/v1/completions")).status_code == 405
 
 
 async def readiness(gate: Gateway) -> tuple[int, dict[str, Any]]:

@@ -215,3 +215,42 @@ async def test_close_is_safe_before_start_and_twice() -> None:
     await catalog.close()
     await catalog.close()
     assert catalog.models() == []
+
+
+@in_virtual_time
+async def test_a_pool_that_cannot_be_looked_at_does_not_end_the_watch_over_the_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = Serve("model-a", "model-b")
+    looked: list[str] = []
+
+    def check_silence(pool: EnginePool, _now: float) -> None:
+        looked.append(pool.model)
+        if pool.model == "a":
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(EnginePool, "check_silence", check_silence)
+    async with following(serve) as catalog:
+        await catalog.replace([entry("a", folder), entry("b", folder)])
+        await asyncio.sleep(5)
+        assert looked.count("b") > 10
+
+
+@in_virtual_time
+async def test_what_is_kept_for_a_model_is_let_go_when_it_is_listed_no_more(folder: Path) -> None:
+    serve = Serve("model-a", "model-b")
+    kept: list[frozenset[str]] = []
+
+    async def forget_others(applications: frozenset[str]) -> None:
+        kept.append(applications)
+
+    catalog = Catalog(serve.existing, serve.open_pool, forget_others)
+    await catalog.start()
+    try:
+        await catalog.replace([entry("a", folder), entry("b", folder)])
+        assert kept[-1] == {"model-a", "model-b"}
+        await catalog.replace([entry("b", folder)])
+        await asyncio.sleep(10)
+        assert kept[-1] == {"model-b"}
+    finally:
+        await catalog.close()

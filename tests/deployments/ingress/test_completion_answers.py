@@ -134,7 +134,9 @@ def echoed(prompt: str, made: Generated, streamed: bool, top: int = 0) -> dict[s
 
 
 def choice(text: str, index: int = 0, **fields: Any) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": "length", "stop_reason": None, **fields}
+    """What was not asked for is null, as in vLLM."""
+    extras = {"stop_reason": None, "token_ids": None, "prompt_token_ids": None, "prompt_logprobs": None}
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": "length", **extras, **fields}
 
 
 # --- what is answered ----------------------------------------------------------------------------------------------
@@ -168,20 +170,22 @@ async def answer(gate: Gateway, streamed: bool, **fields: Any) -> Answer:
 def joined(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     """The pieces of one streamed choice, as a client puts them together."""
     first, *others = pieces
-    whole = {name: value for name, value in first.items() if name != "prompt_token_ids"}
+    assert first.keys() | {"prompt_logprobs"} == choice("").keys()
+    whole = dict(first, prompt_logprobs=None)  # which are not streamed
     for piece in others:
         assert whole["finish_reason"] is None, "something after the end"
         assert (piece["logprobs"] is None) == (whole["logprobs"] is None)
-        assert piece.keys() - whole.keys() <= {"stop_reason"}
+        assert piece.keys() == first.keys()
+        assert piece["prompt_token_ids"] is None
+        assert (piece["token_ids"] is None) == (first["token_ids"] is None)
         whole["text"] += piece["text"]
         for name, values in (piece["logprobs"] or {}).items():
             whole["logprobs"][name] += values
-        if "token_ids" in piece:
+        if piece["token_ids"]:
             whole["token_ids"] += piece["token_ids"]
         whole["finish_reason"] = piece["finish_reason"]
-        if piece["finish_reason"] is not None:
-            whole["stop_reason"] = piece["stop_reason"]
-    return whole | {name: first[name] for name in ("prompt_token_ids",) if name in first}
+        whole["stop_reason"] = piece["stop_reason"]
+    return whole
 
 
 async def settled(gate: Gateway) -> tuple[str, int, int, int]:

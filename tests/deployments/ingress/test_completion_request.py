@@ -774,7 +774,7 @@ def test_a_body_that_is_no_json_is_told_where(body: bytes) -> None:
     error = refused(body)
     assert error.param is None
     assert error.message.startswith("The body is not valid JSON: ")
-    assert " at line 1 column " in error.message
+    assert " at line 1 column " in error.message or "it begins with a byte order mark" in error.message
     assert len(error.message) < 150
 
 
@@ -832,3 +832,88 @@ def test_any_json_is_either_accepted_or_refused_in_our_words(fields: dict[str, A
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused_in_our_words(body: bytes) -> None:
     refused(body)
+
+
+# --- what clients of other servers send ----------------------------------------------------------------------------
+
+SILLYTAVERN: dict[str, Any] = {
+    "temperature": 1,
+    "top_k": 0,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "use_beam_search": False,
+    "length_penalty": 1,
+    "early_stopping": False,
+    "typical_p": 1,
+    "top_a": 0,
+    "tfs": 1,
+    "mirostat_mode": 0,
+    "mirostat_tau": 5,
+    "mirostat_eta": 0.1,
+    "add_bos_token": True,
+    "ban_eos_token": False,
+    "custom_token_bans": "",
+    "banned_strings": [],
+    "dry_multiplier": 0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "xtc_threshold": 0.1,
+    "xtc_probability": 0,
+    "smoothing_factor": 0,
+    "smoothing_curve": 1,
+    "guidance_scale": 1,
+    "negative_prompt": "",
+    "do_sample": True,
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "penalty_alpha": 0,
+    "sampler_priority": [],
+}
+LLAMA_CPP: dict[str, Any] = {
+    "cache_prompt": True,
+    "repeat_penalty": 1,
+    "repeat_last_n": -1,
+    "tfs_z": 1,
+    "mirostat": 0,
+    "n_predict": -1,
+    "n_probs": 0,
+    "n_keep": 0,
+    "id_slot": -1,
+    "grammar": "",
+    "dynatemp_range": 0,
+    "dynatemp_exponent": 1,
+    "timings_per_token": False,
+}
+OPENAI_CHAT: dict[str, Any] = {"store": False, "metadata": {"trace": "1"}, "service_tier": "auto"}
+
+
+@pytest.mark.parametrize("sent", [SILLYTAVERN, LLAMA_CPP, OPENAI_CHAT], ids=["SillyTavern", "llama.cpp", "OpenAI"])
+def test_what_other_servers_clients_send_by_default_is_taken(sent: dict[str, Any]) -> None:
+    assert parse(**sent).sampling(0) == parse().sampling(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("early_stopping", True, "beam search"),
+        ("repeat_penalty", 1.1, "use repetition_penalty"),
+        ("mirostat_mode", 2, "no Mirostat"),
+        ("ban_eos_token", True, "use ignore_eos"),
+        ("banned_strings", ["x"], "use bad_words"),
+        ("n_predict", 50, "use max_tokens"),
+        ("typical_p", 0.9, "no typical sampling"),
+        ("store", True, "nothing of a request is kept"),
+    ],
+)
+def test_what_would_have_an_effect_elsewhere_is_refused_by_name(name: str, value: Any, advice: str) -> None:
+    with pytest.raises(InvalidRequest, match=advice) as error:
+        parse(**{name: value})
+    assert error.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16"), ("utf-32", "UTF-32")], ids=lambda each: each
+)
+def test_a_byte_order_mark_is_named(encoding: str, name: str) -> None:
+    message = refused('{"model":"m","prompt":"p"}'.encode(encoding)).message
+    assert message == f"The body is not valid JSON: it begins with a byte order mark of {name}. Send UTF-8 without one."

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.ingress.completion import ClientGone
 from deployments.ingress.connection import ConnectionMiddleware
+from deployments.ingress.direct_writes import CONNECTION
 from deployments.ingress.errors import RequestTimeout
 from serve_app.config import ConfigError, load_cluster_config
 from tests.conftest import eventually
@@ -435,27 +436,49 @@ def test_configured_origins_may_call(allowed: list[str]) -> None:
             assert answer.status_code == 200
             origin = "*" if allowed == ["*"] else ORIGIN["Origin"]
             assert answer.headers["access-control-allow-origin"] == origin
-            assert answer.headers["access-control-allow-methods"] == "GET, POST"
+            assert answer.headers["access-control-allow-methods"] == "GET, HEAD, POST"
+            assert answer.headers["access-control-allow-headers"] == wanted
             assert len(answer.headers.get_list("x-request-id")) == 1
             answer = await client.get("/", headers=ORIGIN)
             assert answer.headers["access-control-allow-origin"] == origin
             assert "access-control-allow-credentials" not in answer.headers
             exposed = answer.headers["access-control-expose-headers"].split(", ")
-            assert {"x-request-id", "retry-after", "x-ratelimit-remaining-tokens"} <= set(exposed)
+            assert {"x-request-id", "retry-after", "x-should-retry", "x-ratelimit-remaining-tokens"} <= set(exposed)
 
     run_in_virtual_time(scenario())
 
 
 @in_virtual_time
-async def test_other_origins_methods_and_headers_are_refused() -> None:
+async def test_clients_may_send_headers_of_their_own_from_a_configured_origin() -> None:
+    of_openais_client = (
+        "authorization,content-type,x-stainless-arch,x-stainless-helper-method,x-stainless-lang,x-stainless-os,"
+        "x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,"
+        "x-stainless-timeout"
+    )
+    async with browser(limited(plain, cors_origins=["https://chat.example.com"])) as client:
+        asked = {"Access-Control-Request-Headers": of_openais_client, "Access-Control-Request-Private-Network": "true"}
+        answer = await client.options("/", headers={**PREFLIGHT, **asked})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-headers"] == of_openais_client
+        assert answer.headers["access-control-allow-private-network"] == "true"
+        other = await client.options("/", headers={**PREFLIGHT, **asked, "Origin": "https://evil.example.com"})
+        assert other.status_code == 400
+        assert "access-control-allow-origin" not in other.headers
+    async with browser(limited(plain, cors_origins=["*"])) as client:
+        answer = await client.options("/", headers={**PREFLIGHT, **asked})
+        assert "access-control-allow-private-network" not in answer.headers
+
+
+@in_virtual_time
+async def test_other_origins_and_methods_are_refused() -> None:
     async with browser(limited(plain, cors_origins=["https://chat.example.com"])) as client:
         other = {"Origin": "https://evil.example.com"}
         for headers in (
             {**PREFLIGHT, **other},
             {**PREFLIGHT, "Access-Control-Request-Method": "DELETE"},
-            {**PREFLIGHT, "Access-Control-Request-Headers": "x-other"},
         ):
-            assert (await client.options("/", headers=headers)).status_code == 400
+            answer = await client.options("/", headers=headers)
+            assert answer.status_code == 400
         assert "access-control-allow-origin" not in (await client.get("/", headers=other)).headers
 
 
@@ -598,6 +621,38 @@ def test_uvicorn_keeps_a_connection_whose_uploads_arrive(protocol: str, run: Run
                 answer = await client.post(f"http://127.0.0.1:{serving.port}/", content=b"x" * size)
                 assert (answer.status_code, answer.content) == (200, b"x" * size)
             assert len(serving.server.server_state.connections) == 1
+
+    run(scenario())
+
+
+@under_uvicorn
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_client_of_http_1_0_gets_no_chunks_and_an_end_by_closing(protocol: str, run: Runner, method: str) -> None:
+    parts = [b"data: 1\n\n", b"x" * 200_000, b"data: 2\n\n"]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(scope, receive, send)
+        if scope["path"] == "/length":
+            await PlainTextResponse(b"short")(scope, receive, send)
+            return
+        await send(dict(START))
+        connection = scope["extensions"][CONNECTION]
+        for part in parts:
+            if not connection.write(part):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        async with served(limited(app), protocol) as serving:
+            for path, body in (("/", b"".join(parts)), ("/length", b"short")):
+                with await serving.connect() as connection:
+                    await loop.sock_sendall(connection, f"{method} {path} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
+                    answer = await asyncio.wait_for(read_to_the_end(connection), 5.0)
+                head, _, told = answer.partition(b"\r\n\r\n")
+                assert b"transfer-encoding" not in head.lower()
+                assert told == (b"" if method == "HEAD" else body)
+            await serving.until_free()
 
     run(scenario())
 

@@ -95,7 +95,27 @@ def test_where_the_key_is(headers: dict[str, str], keys: tuple[str, ...]) -> Non
     ],
 )
 def test_who_sends_no_key_is_told_how(dialect: Dialect, usage: str) -> None:
-    assert usage in dialect.missing_key().message
+    told = dialect.missing_key(Headers({})).message
+    assert "didn't provide" in told
+    assert usage in told
+
+
+@pytest.mark.parametrize("dialect", [D0, D1, D3], ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        ("sk-secret", "does not begin with Bearer"),
+        ("Basic secret", "does not begin with Bearer"),
+        ("Bearersecret", "does not begin with Bearer"),
+        ("Bearer ", "has no key behind Bearer"),
+    ],
+)
+def test_who_sends_a_key_in_another_form_is_told_so(dialect: Dialect, value: str, wrong: str) -> None:
+    headers = Headers({"authorization": value})
+    assert dialect.key(headers) == ""
+    told = dialect.missing_key(headers).message
+    assert wrong in told
+    assert "secret" not in told
 
 
 # --- the body ------------------------------------------------------------------------------------------------------
@@ -139,14 +159,23 @@ def test_only_texts_are_prompts_of_d1_and_d2(prompt: Any) -> None:
         assert parse(dialect, prompt=prompt)
 
 
+@EACH
+def test_logprobs_and_stops_have_vllms_limits_where_no_document_narrows_them(dialect: Dialect) -> None:
+    most_logprobs, most_stops = (20, 64) if dialect in (D1, D2) else (5, 4)
+    assert parse(dialect, logprobs=most_logprobs, stop=["a"] * most_stops).logprobs == most_logprobs
+    assert refused(dialect, logprobs=most_logprobs + 1).param == "logprobs"
+    assert refused(dialect, stop=["a"] * (most_stops + 1)).param == "stop"
+
+
 def test_stop_of_d1_and_d2_is_an_array() -> None:
     for dialect in (D1, D2):
-        assert "an array of up to 4" in refused(dialect, stop="a").message
-        assert refused(dialect, stop=["a"] * 5).param == "stop"
+        assert "64 non-empty strings" in refused(dialect, stop="a").message
+        assert refused(dialect, stop=["a"] * 65).param == "stop"
         assert parse(dialect, stop=["a", "b"]).stop == ("a", "b")
+        assert len(parse(dialect, stop=list(map(str, range(64)))).stop) == 64
         assert parse(dialect, stop=None).stop == ()
     assert parse(D1, stop=[]).stop == ()
-    assert "1 to 4" in refused(D2, stop=[]).message
+    assert "1 to 64" in refused(D2, stop=[]).message
     for dialect in (D0, D3):
         assert parse(dialect, stop="a").stop == ("a",)
 

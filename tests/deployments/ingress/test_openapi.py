@@ -32,7 +32,7 @@ ENDPOINTS = {
     *("GET /admin/v1/keys", "POST /admin/v1/keys", "POST /admin/v1/keys/{key_id}/rotate"),
     *("GET /admin/v1/keys/{key_id}", "PATCH /admin/v1/keys/{key_id}", "DELETE /admin/v1/keys/{key_id}"),
     *("GET /admin/v1/teams", "PUT /admin/v1/teams/{name}", "DELETE /admin/v1/teams/{name}"),
-    *("GET /admin/v1/replicas", "GET /metrics", "GET /healthz", "GET /readyz"),
+    *("GET /admin/v1/replicas", "GET /metrics", "GET /healthz", "GET /health", "GET /readyz"),
     *("GET /openapi.json", "GET /openai/schemas/Completion.json", "GET /docs"),
 }
 
@@ -100,7 +100,7 @@ def test_keys_and_where_they_are_sent() -> None:
     public = {
         path for path, methods in DOCUMENT["paths"].items() for each in methods.values() if each.get("security") == []
     }
-    assert public == {"/healthz", "/readyz", "/openapi.json", "/openai/schemas/Completion.json", "/docs"}
+    assert public == {"/healthz", "/health", "/readyz", "/openapi.json", "/openai/schemas/Completion.json", "/docs"}
 
 
 def test_every_error_that_a_client_can_see_is_documented() -> None:
@@ -261,7 +261,8 @@ async def test_completions_are_as_documented(tmp_path: Path) -> None:
 @in_virtual_time
 async def test_all_other_answers_are_as_documented(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
-        for path in ("/v1/models", "/healthz", "/readyz", "/openapi.json", "/openai/schemas/Completion.json", "/docs"):
+        described = ("/openapi.json", "/openai/schemas/Completion.json", "/docs")
+        for path in ("/v1/models", "/healthz", "/health", "/readyz", *described):
             response = await gate.client.get(path)
             assert response.status_code == 200
             assert_documented(response, path)

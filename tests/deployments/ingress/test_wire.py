@@ -112,13 +112,10 @@ def test_a_chunk_is_the_dumped_dictionary(
         "text": delta.text,
         "logprobs": logprobs_fields(delta.logprobs),
         "finish_reason": delta.finish_reason,
+        "stop_reason": None if delta.finish_reason is None else delta.stop_reason,
+        "token_ids": delta.token_ids,
+        "prompt_token_ids": delta.prompt_token_ids,
     }
-    if delta.finish_reason is not None:
-        choice["stop_reason"] = delta.stop_reason
-    if delta.token_ids is not None:
-        choice["token_ids"] = delta.token_ids
-    if delta.prompt_token_ids is not None:
-        choice["prompt_token_ids"] = delta.prompt_token_ids
     expected: dict[str, Any] = {**head(model), "choices": [choice]}
     if usage is not None:
         expected["usage"] = usage_fields(usage)
@@ -160,21 +157,26 @@ def test_a_whole_answer_is_the_dumped_dictionary(model: str, told: list[Choice],
             "logprobs": logprobs_fields(choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
-        }
-        extras = {
             "token_ids": choice.token_ids,
             "prompt_token_ids": choice.prompt_token_ids,
             "prompt_logprobs": choice.prompt_logprobs,
         }
-        expected.append(fields | {name: value for name, value in extras.items() if value is not None})
+        expected.append(fields)
     body = completion_body(head(model), told, usage)
     assert body == msgspec.json.encode({**head(model), "choices": expected, "usage": usage_fields(usage)})
 
 
-def test_what_nobody_asked_for_is_absent_and_what_may_be_null_is_there() -> None:
-    choice = Choice.joined(0, [ChoiceDelta(0, "a", "length")])
-    [told] = json.loads(completion_body({}, [choice], Usage(1, 1, 0)))["choices"]
-    assert told == {"index": 0, "text": "a", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+NOT_ASKED_FOR = {"stop_reason": None, "token_ids": None, "prompt_token_ids": None}
+
+
+def test_what_nobody_asked_for_is_null_as_in_vllm() -> None:
+    delta = ChoiceDelta(0, "a", "length")
+    [told] = json.loads(completion_body({}, [Choice.joined(0, [delta])], Usage(1, 1, 0)))["choices"]
+    plain = {"index": 0, "text": "a", "logprobs": None, "finish_reason": "length"}
+    assert told == {**plain, **NOT_ASKED_FOR, "prompt_logprobs": None}
+    chunk = ChunkTemplate(head("m"), usage_follows=False).chunk(ChoiceDelta(0, "a", None))
+    [told] = json.loads(chunk.removeprefix(b"data: "))["choices"]
+    assert told == {**plain, **NOT_ASKED_FOR, "finish_reason": None}
 
 
 # --- choices of many deltas ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,27 @@ def test_a_url_is_taken_from_the_variable_that_is_named(tmp_path: Path, monkeypa
     monkeypatch.setenv("LEDGER_URL", f"sqlite:///{tmp_path}/ledger.db")
     engine = open_database("env://LEDGER_URL")
     assert engine.url.database == f"{tmp_path}/ledger.db"
+    engine.dispose()
+
+
+def test_a_new_file_and_those_beside_it_are_their_owners_only(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        engine = open_database(f"sqlite:///{tmp_path}/ledger.db")
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE t (x)")
+            modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+        engine.dispose()
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("ledger.db", "ledger.db-wal", "ledger.db-shm"), 0o600)
+
+
+def test_the_mode_of_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "ledger.db").touch(0o640)
+    engine = open_database(f"sqlite:///{tmp_path}/ledger.db")
+    with engine.connect():
+        assert (tmp_path / "ledger.db").stat().st_mode & 0o777 == 0o640
     engine.dispose()
 
 

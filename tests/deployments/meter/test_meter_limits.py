@@ -121,6 +121,15 @@ async def test_a_revoked_and_an_expired_key_admit_nothing(meter: Meter, clock: C
         assert (await refused(meter, ask(key, clock))).code == "invalid_api_key"
 
 
+async def test_a_key_for_an_alias_may_use_the_model(tmp_path: Path, clock: Clock) -> None:
+    async with opened(tmp_path, clock) as meter:
+        meter.set_models([MeteredModel("tiny", save_tiny_tokenizer(tmp_path / "tiny"), 64, aliases=("A/b", "c"))])
+        key = await administer(meter, CreateKey(KeyDraft("key", models=("c",))))
+        await admitted(meter, ask(key, clock))
+        key = await administer(meter, CreateKey(KeyDraft("key", models=("d",))))
+        assert (await refused(meter, ask(key, clock))).code == "model_not_allowed"
+
+
 async def test_a_key_may_use_its_models_only(meter: Meter, clock: Clock) -> None:
     key = await administer(meter, CreateKey(KeyDraft("key", models=("other",))))
     refusal = await refused(meter, ask(key, clock))

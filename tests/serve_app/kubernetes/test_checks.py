@@ -62,6 +62,11 @@ def test_what_kubernetes_can_run_is_not_refused() -> None:
             r"models\[0\].resources.accelerator: got H100, expected node labels .* which has A100",
         ),
         (
+            {"kubernetes": {"accelerators": {"A" * 60: {"gpu": "a"}}}},
+            {"resources": {**H100, "accelerator": "A" * 60}},
+            r"models\[0\].resources.accelerator: got A+, expected .* at most 54 .* group of its pods, engine-1-a{60}",
+        ),
+        (
             {},
             {"resources": {**H100, "gpus": 0.0}},
             r"models\[0\].resources.accelerator: got H100, expected null for a replica without GPUs",
@@ -84,6 +89,12 @@ def test_what_it_cannot_is_told(sections: dict[str, Any], changes: dict[str, Any
     [problem] = check_for_kubernetes("cluster.yaml", cluster(model(**changes), **sections))
     assert re.match(rf"cluster.yaml: {told}", str(problem))
     assert "swordfish" not in str(problem)
+
+
+def test_a_group_label_of_63_characters_is_taken() -> None:
+    name = "A" * 54
+    config = cluster(model(resources={**H100, "accelerator": name}), kubernetes={"accelerators": {name: {"gpu": "a"}}})
+    assert check_for_kubernetes("cluster.yaml", config) == []
 
 
 def test_all_problems_are_told_at_once() -> None:
