@@ -194,7 +194,8 @@ class VllmEngine:
                     finish_reason,
                     cached_tokens=(output.num_cached_tokens or 0) if first else 0,
                     logprobs=choice.logprobs and [_position(likely) for likely in choice.logprobs if likely],
-                    prompt_logprobs=output.prompt_logprobs and _positions(output.prompt_logprobs),
+                    # Told once; later outputs have an empty list.
+                    prompt_logprobs=_positions(output.prompt_logprobs) if output.prompt_logprobs else None,
                 )
         except Exception as error:
             if not self._engine or self._engine.errored:

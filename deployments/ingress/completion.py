@@ -351,7 +351,7 @@ class Completion:
             if delta.token_ids and not timed:
                 timed = True  # once for all that came since the last call: it would cost too much for each token
                 self._tokens_came()
-            if delta.prompt_logprobs is not None:
+            if delta.prompt_logprobs:
                 await self._write_prompt(candidate, delta.prompt_logprobs)
             gained = self._gained(number, candidate, delta)
             if gained is not None:
@@ -359,7 +359,7 @@ class Completion:
                 deltas.append(gained)
             if candidate.ended and self._grammar is not None:
                 ended.append(Output(candidate.generation.tokens, delta.finish_reason == "end_of_text"))
-            if delta.prompt_logprobs is not None:  # writing it as JSON takes long enough for one turn
+            if delta.prompt_logprobs:  # writing it as JSON takes long enough for one turn
                 self._left = news[place + 1 :]
                 break
         if ended and self._grammar is not None:

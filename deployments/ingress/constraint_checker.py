@@ -33,10 +33,10 @@ log = structlog.get_logger()
 _WORKERS = 2
 _START_LIMIT_S = 60.0
 """For a worker to start, or to read a tokenizer."""
-_CHECK_LIMIT_S = 5.0
+_CHECK_LIMIT_S = 10.0
 """For one check by the clock: it is long only on a machine that is far too busy."""
 _OUTPUTS_LIMIT_S = 30.0
-_WAIT_LIMIT_S = 20.0
+_WAIT_LIMIT_S = 30.0
 """For a turn and the check, together."""
 _MAX_WAITING, _MAX_WAITING_OF_OWNER = 256, 64
 """Checks of constraints. Outputs are as many as there are running candidates at most."""
@@ -74,6 +74,7 @@ class ConstraintChecker:
         self._remembered: OrderedDict[bytes, CheckedConstraint] = OrderedDict()
         self._remembered_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def check(self, owner: str, check: ConstraintCheck) -> CheckedConstraint:
         """The grammar of a constraint, or why there is none. Raises ServiceUnavailable."""
@@ -94,10 +95,16 @@ class ConstraintChecker:
 
     async def close(self) -> None:
         """End the workers; what waits is given up. Safe twice."""
+        self._closed = True
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        for job in [job for jobs in self._waiting.values() for job in jobs]:
+            if not job.answer.done():
+                job.answer.set_exception(_busy())
+        self._waiting.clear()
+        self._checks_waiting = 0
         for worker in self._idle:
             await worker.end()
 
@@ -117,7 +124,7 @@ class ConstraintChecker:
 
     def _dispatch(self) -> None:
         """Give idle workers the next jobs of owners that have none under way."""
-        while self._idle and (job := self._next()) is not None:
+        while self._idle and not self._closed and (job := self._next()) is not None:
             worker = self._idle.pop()
             self._under_way.add(job.owner)
             task = asyncio.create_task(self._run(worker, job), name="constraint-check")
@@ -150,7 +157,8 @@ class ConstraintChecker:
             if not job.answer.done():
                 job.answer.set_result(answer)
         finally:
-            job.answer.cancel()  # where it has no result: this was closed
+            if not job.answer.done():  # this was closed
+                job.answer.set_exception(_busy())
             self._idle.append(worker)
             self._under_way.discard(job.owner)
             self._dispatch()

@@ -31,7 +31,6 @@ _MAX_MODELS = 4
 
 
 def main() -> None:
-    os.nice(5)  # event loops go first
     models: dict[str, ModelGrammars] = {}
     with socket.socket(fileno=os.dup(0)) as connection, connection.makefile("rb") as stream:
         while len(head := stream.read(4)) == 4:

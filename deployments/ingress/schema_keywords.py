@@ -47,7 +47,7 @@ HELD: Final[Mapping[str, str]] = {
     "maximum": "",
     "exclusiveMinimum": "",
     "exclusiveMaximum": "",
-    "multipleOf": "integers; a fraction is refused, since validators round",
+    "multipleOf": "an integer, beside a `type` with `integer` and without `number`: validators round fractions",
     "uniqueItems": "only `false`, which asks for nothing; `true` is refused",
 }
 """Keyword -> what is held of it; empty for all of it."""
@@ -202,6 +202,11 @@ class _Walk:
             and ("properties" in held or "patternProperties" in held)
         ):
             held["additionalProperties"] = False
+        if "multipleOf" in held and "number" in held.get("type", "number"):
+            raise SchemaRefused(
+                f"The keyword 'multipleOf' at {place} is not supported without a 'type' that is 'integer' rather than "
+                "'number'"
+            )
         least, names = held.get("minProperties", 0), set(held.get("required", ()))
         if least > len(names) + 1:
             raise SchemaRefused(
@@ -268,9 +273,8 @@ class _Walk:
                 if value == "hostname":
                     held["allOf"] = [*held.get("allOf", []), {"maxLength": 253}]
             case "multipleOf":
-                if not _is_integer(value) or not 0 < value <= _LARGEST:
+                if type(value) is not int or not 0 < value <= _LARGEST:
                     raise _unexpected(keyword, place, "an integer above 0")
-                value = int(value)
             case _ if keyword in _COUNTS:
                 if not _is_integer(value) or not 0 <= value <= _COUNTS[keyword]:
                     raise _unexpected(keyword, place, f"an integer from 0 to {_COUNTS[keyword]}")

@@ -62,6 +62,7 @@ class Receiver:
     ) -> None:
         self.tokens += token_ids
         self.logprobs += logprobs or []
+        assert prompt_logprobs is None or (prompt_logprobs and not self.prompt_logprobs)  # with the first delta only
         self.prompt_logprobs += prompt_logprobs or []
         self.message, self.param = message, param
         self.cached_tokens.append(cached_tokens)

@@ -70,7 +70,7 @@ HELD_SCHEMAS: dict[str, list[dict[str, Any]]] = {
     "maximum": [{"type": "integer", "maximum": 5}],
     "exclusiveMinimum": [{"type": "number", "exclusiveMinimum": 0}],
     "exclusiveMaximum": [{"type": "number", "exclusiveMaximum": 10}],
-    "multipleOf": [{"type": "integer", "multipleOf": 7}, {"type": "number", "multipleOf": 3}],
+    "multipleOf": [{"type": "integer", "multipleOf": 7}, {"type": ["integer", "null"], "multipleOf": 3}],
     "uniqueItems": [{"type": "array", "uniqueItems": False}],
 }
 
