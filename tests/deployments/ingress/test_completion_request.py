@@ -832,3 +832,9 @@ def test_any_json_is_either_accepted_or_refused_in_our_words(fields: dict[str, A
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused_in_our_words(body: bytes) -> None:
     refused(body)
+
+
+def test_ignoring_the_end_of_text_contradicts_a_form() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(guided_regex="a", ignore_eos=True)
+    assert refused.value.param == "ignore_eos"
