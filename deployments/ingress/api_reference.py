@@ -72,7 +72,7 @@ All replicas hold it by the same library, llguidance.
 
 An answer whose `finish_reason` is `stop` conforms, unless the request itself had it cut: by `stop`, by
 `stop_token_ids` or by `repetition_detection`. Then, and with `length`, it is the beginning of output that conforms.
-Where neither can be, since `min_tokens`, `ignore_eos` or banned tokens contradict the form later than at its beginning,
+Where neither can be, since `min_tokens` or banned tokens contradict the form later than at its beginning,
 or it is too complex for the engine, there is an error of code `output_not_conforming`, as an event if a stream has
 begun. An answer in a form whose replica is lost after it has begun ends with an error as well.
 

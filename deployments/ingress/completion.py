@@ -371,6 +371,9 @@ class Completion:
         the text without a word. Raises OutputNotConforming, ServiceUnavailable."""
         if self.request.tokens_per_choice == 0 or not self.model.entry.verifies_outputs:
             return
+        least = self.request.min_tokens or 0
+        if any(each.ended and len(each.token_ids) <= least for each in outputs):
+            raise self._not_conforming()  # vLLM ends it before, rather than go on without the form
         check = OutputCheck(
             str(self.model.entry.folder),
             grammar,

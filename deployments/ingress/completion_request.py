@@ -145,7 +145,7 @@ class CompletionRequest(Body):
     stop_token_ids: Annotated[StopTokenIds | None, _VLLM] = None
     """Tokens that end a choice; they are not part of its text."""
     ignore_eos: Annotated[bool | None, _VLLM] = False
-    """The model's end of text does not end a choice."""
+    """The model's end of text does not end a choice. Not with a form of the output."""
     include_stop_str_in_output: Annotated[bool | None, Source("vLLM; D1")] = False
     """What ended a choice, a text of `stop` or a token, is part of its text."""
     skip_special_tokens: Annotated[bool | None, Source("vLLM; D1")] = True
@@ -506,6 +506,11 @@ class CompletionRequest(Body):
                 "guided_whitespace_pattern is only allowed with guided_json.", param="guided_whitespace_pattern"
             )
         if given:
+            if self.ignore_eos:
+                raise InvalidRequest(
+                    f"ignore_eos is not allowed with {given[0]}: what follows the end would not conform.",
+                    param="ignore_eos",
+                )
             self._check_constraint_size()
         if self.suffix is not None and self.echo and self.logprobs is not None:
             raise InvalidRequest("suffix cannot be combined with echo and logprobs.", param="suffix")

@@ -97,7 +97,7 @@ def _labels(value: list[str]) -> list[str]:
 
 
 ConstraintText = Annotated[str, Field(min_length=1), AfterValidator(_bounded_text)]
-Labels = Annotated[list[str], Field(min_length=1), AfterValidator(_labels)]
+Labels = Annotated[list[str], Field(min_length=1, fail_fast=True), AfterValidator(_labels)]
 JsonSchema = Annotated[dict[str, Any], AfterValidator(_bounded_json)]
 JsonSchemaOrText = Annotated[
     str | dict[str, Any] | None,
@@ -133,9 +133,9 @@ class ResponseFormat(Body):
     """For type `json_schema`."""
     format: Annotated[Any, AfterValidator(_bounded_json)] = None
     """For type `structural_tag`: xgrammar's newer form, which is not supported; use `structures` and `triggers`."""
-    structures: Annotated[list[dict[str, Any]], AfterValidator(_bounded_json)] | None = None
+    structures: Annotated[list[dict[str, Any]], Field(fail_fast=True), AfterValidator(_bounded_json)] | None = None
     """For type `structural_tag`: objects with `begin`, `schema` and `end`."""
-    triggers: Annotated[list[str], AfterValidator(_bounded_json)] | None = None
+    triggers: Annotated[list[str], Field(fail_fast=True), AfterValidator(_bounded_json)] | None = None
     """For type `structural_tag`: texts at which a structure begins."""
 
     @model_validator(mode="after")

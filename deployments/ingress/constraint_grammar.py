@@ -254,10 +254,6 @@ class ModelGrammars:
         verdicts: list[bool] = []
         for output in check.outputs:
             tokens, ended = output.token_ids, output.ended
-            if self._end in tokens:  # with ignore_eos: behind it there may only be more of it
-                at = tokens.index(self._end)
-                ended = set(tokens[at:]) == {self._end}
-                tokens = tokens[:at] if ended else tokens
             matcher = start.deep_copy()
             conforms = not matcher.is_error() and matcher.try_consume_tokens(tokens) == len(tokens)
             verdicts.append(conforms and (not ended or matcher.is_accepting()))

@@ -296,7 +296,7 @@ class OutputNotConforming(ApiError):
     def __init__(self, param: str) -> None:
         super().__init__(
             f"The output came to where it cannot conform to {param}: parameters that ban tokens or the end of the "
-            "text, such as allowed_token_ids, logit_bias, bad_words, min_tokens and ignore_eos, may contradict it, or "
+            "text, such as allowed_token_ids, logit_bias, bad_words and min_tokens, may contradict it, or "
             "it is too complex for the engine. Change the request before you send it again.",
             param=param,
         )

@@ -175,7 +175,7 @@ class _Walk:
         for place, reference in self._references:
             if reference not in self._places:
                 raise SchemaRefused(
-                    f"'$ref' at {place} is {reference[:80]!r}; expected a schema of this document, such as "
+                    f"'$ref' at {_shown(place)} is {reference[:80]!r}; expected a schema of this document, such as "
                     "'#/$defs/name'"
                 )
         return held
@@ -185,15 +185,15 @@ class _Walk:
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
-            raise SchemaRefused(f"The schema at {place} is no object")
+            raise SchemaRefused(f"The schema at {_shown(place)} is no object")
         held: dict[str, Any] = {}
         for keyword, value in schema.items():
             if keyword in REFUSED:
-                raise SchemaRefused(f"The keyword '{keyword}' at {place} is not supported")
+                raise SchemaRefused(f"The keyword '{keyword}' at {_shown(place)} is not supported")
             if keyword == "$id" and place != "#":
-                raise SchemaRefused(f"The keyword '$id' at {place} is not supported within a schema")
+                raise SchemaRefused(f"The keyword '$id' at {_shown(place)} is not supported within a schema")
             if keyword == "$schema" and place != "#":
-                raise SchemaRefused(f"The keyword '$schema' at {place} is not supported within a schema")
+                raise SchemaRefused(f"The keyword '$schema' at {_shown(place)} is not supported within a schema")
             if keyword in HELD:
                 self._keyword(held, keyword, value, place)
         if (
@@ -204,14 +204,14 @@ class _Walk:
             held["additionalProperties"] = False
         if "multipleOf" in held and "number" in held.get("type", "number"):
             raise SchemaRefused(
-                f"The keyword 'multipleOf' at {place} is not supported without a 'type' that is 'integer' rather than "
-                "'number'"
+                f"The keyword 'multipleOf' at {_shown(place)} is not supported without a 'type' that is 'integer' "
+                "rather than 'number'"
             )
         least, names = held.get("minProperties", 0), set(held.get("required", ()))
         if least > len(names) + 1:
             raise SchemaRefused(
-                f"The value of 'minProperties' at {place} is not supported: expected at most one more than 'required' "
-                "has names"
+                f"The value of 'minProperties' at {_shown(place)} is not supported: expected at most one more than "
+                "'required' has names"
             )
         return held
 
@@ -229,7 +229,9 @@ class _Walk:
             if not isinstance(value, list) or not value:
                 raise _unexpected(keyword, place, "a non-empty array of schemas")
             if keyword == "prefixItems" and self._older:
-                raise SchemaRefused(f"The keyword 'prefixItems' at {place} is not in the draft that '$schema' names")
+                raise SchemaRefused(
+                    f"The keyword 'prefixItems' at {_shown(place)} is not in the draft that '$schema' names"
+                )
             held[keyword] = [self._schema(inner, f"{place}/{keyword}/{at}") for at, inner in enumerate(value)]
         elif keyword in _SCHEMAS:
             if isinstance(value, list):
@@ -260,7 +262,7 @@ class _Walk:
                     raise _unexpected(keyword, place, "an array of strings")
             case "uniqueItems":
                 if value is not False:
-                    raise SchemaRefused(f"The keyword 'uniqueItems' at {place} is not supported")
+                    raise SchemaRefused(f"The keyword 'uniqueItems' at {_shown(place)} is not supported")
                 return
             case "pattern":
                 value = pattern_of(value, place)
@@ -294,11 +296,18 @@ def pattern_of(pattern: Any, place: str) -> str:
     try:
         return pattern_within_dialects(pattern)
     except ValueError as error:
-        raise SchemaRefused(f"The pattern {pattern[:80]!r} at {place} is not supported: {error}") from None
+        raise SchemaRefused(f"The pattern {pattern[:80]!r} at {_shown(place)} is not supported: {error}") from None
 
 
 def _unexpected(keyword: str, place: str, expected: str) -> SchemaRefused:
-    return SchemaRefused(f"The value of '{keyword}' at {place} is not supported: expected {expected}")
+    return SchemaRefused(f"The value of '{keyword}' at {_shown(place)} is not supported: expected {expected}")
+
+
+def _shown(place: str) -> str:
+    """A JSON pointer for the caller, who may take one for a path of ours."""
+    return (
+        "the root" if place == "#" else place.removeprefix("#/").replace("/", ".").replace("~1", "/").replace("~0", "~")
+    )
 
 
 def _pointer(name: str) -> str:

@@ -107,6 +107,7 @@ def _consistent(body: dict[str, Any]) -> dict[str, Any]:
         body.pop("response_format", None)
     if "structured_outputs" in body or "response_format" in body:
         body.pop("allowed_token_ids", None)  # a form that those tokens cannot make ends in an error on both servers
+        body.pop("ignore_eos", None)  # refused here: vLLM writes anything behind the form
         body.pop("min_tokens", None)  # beyond the end of the form vLLM writes anything; here that is an error
     if "logprob_token_ids" in body:
         body["logprobs"] = 2

@@ -917,3 +917,9 @@ def test_what_would_have_an_effect_elsewhere_is_refused_by_name(name: str, value
 def test_a_byte_order_mark_is_named(encoding: str, name: str) -> None:
     message = refused('{"model":"m","prompt":"p"}'.encode(encoding)).message
     assert message == f"The body is not valid JSON: it begins with a byte order mark of {name}. Send UTF-8 without one."
+
+
+def test_ignoring_the_end_of_text_contradicts_a_form() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(guided_regex="a", ignore_eos=True)
+    assert refused.value.param == "ignore_eos"

@@ -152,3 +152,12 @@ async def test_plain_requests_ask_nothing_of_the_checker(tmp_path: Path) -> None
         assert (await gate.complete(max_tokens=4)).status_code == 200
         assert not checker.checks
         assert not checker.outputs
+
+
+@in_virtual_time
+async def test_an_end_before_min_tokens_is_an_error(tmp_path: Path, ended: None) -> None:
+    async with gateway(tmp_path) as gate:
+        install(gate, Checker())
+        for min_tokens, status in ((5, 200), (6, 500)):
+            response = await gate.complete(guided_regex=".*", max_tokens=6, min_tokens=min_tokens)
+            assert response.status_code == status

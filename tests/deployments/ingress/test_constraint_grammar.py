@@ -61,7 +61,7 @@ def conforms(grammars: ModelGrammars, grammar: str, text: str, *, ended: bool = 
         ({"type": "string", "format": "time"}, "'format'"),
         ({"type": "string", "format": "of my own"}, "'format'"),
         ({"x-guidance": {"lenient": True}, "type": "string"}, "'x-guidance'"),
-        ({"properties": {"a": {"type": "array", "contains": {}}}}, "#/properties/a"),
+        ({"properties": {"a": {"type": "array", "contains": {}}}}, "at properties.a "),
         ({"type": "array", "minItems": 1_000_000}, "'minItems'"),
         ({"type": "object", "minProperties": 2}, "'minProperties'"),
         ({"minProperties": 3, "required": ["a", "a"]}, "'minProperties'"),
@@ -299,12 +299,7 @@ def test_outputs_are_judged_by_their_tokens(grammars: ModelGrammars) -> None:
         "cut": Output([], True),
         "both": Output(yes + no, True),
         "more behind the end": Output([*yes, EOS, *yes], False),
-        "ends behind the end": Output([*yes, EOS, EOS], False),
-        "an end before it conforms": Output([EOS, EOS], False),
+        "an end before it conforms": Output([EOS], False),
     }
     conforming = grammars.conforming(OutputCheck("", grammar, list(judged.values()))).conforming
-    assert [name for name, holds in zip(judged, conforming, strict=True) if holds] == [
-        "whole",
-        "beginning",
-        "ends behind the end",
-    ]
+    assert [name for name, holds in zip(judged, conforming, strict=True) if holds] == ["whole", "beginning"]

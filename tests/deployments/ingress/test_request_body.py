@@ -104,6 +104,7 @@ REFUSED = {
     "no UTF-8": (body(prompt="x" * 2**21)[:-2] + b"\xff" + b'"}', None, "not valid JSON"),
     "no object": (json.dumps([1] * 2**21).encode(), None, "must be a JSON object"),
     "wrong items": (with_(b'"stop_token_ids":[' + b"{}," * 40_000 + b"1],"), "stop_token_ids.0", "an integer"),
+    "labels that are none": (with_(b'"guided_choice":[' + b"{}," * 40_000 + b"1],"), "guided_choice.0", "a string"),
     "unknown keys inside": (
         body(stream_options={f"k{number}": 1 for number in range(9000)}),
         "stream_options.k0",
