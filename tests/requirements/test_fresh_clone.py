@@ -1,7 +1,7 @@
 """Both commands of the README in a fresh clone, on a machine that is configured with no source of packages.
 
-What is fetched is in uv's cache on a machine that has run `make` before, which leaves one or two minutes, most of them
-vLLM's. With MILLSTREAM_THOROUGH=1 the cache is empty, as on a stranger's machine.
+Most of what is fetched is in uv's cache on a machine that has run `make` before, and the model is converted already.
+With MILLSTREAM_THOROUGH=1 neither is so, as on a stranger's machine: 5.5 minutes on two busy cores.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def test_both_commands_of_the_readme_work_in_a_fresh_clone(
             answer = subprocess.run(
                 ["bash", "-c", curl], env=environment, capture_output=True, text=True, timeout=60, check=False
             )
-            assert '"text"' in answer.stdout, answer.stdout + answer.stderr
+            assert " Paris" in answer.stdout, answer.stdout + answer.stderr
             os.killpg(serve.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
             serve.wait(90)
+        assert "stopped: " in (tmp_path / "serve.txt").read_text()
         begun = time.monotonic()
         make = ["make", "test", f"ARGS=-k {ONE_TEST}"]
         tests = subprocess.run(
