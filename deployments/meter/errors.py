@@ -109,6 +109,21 @@ class PromptTooLong(MeterError):
         return f"{'' if self.exact else 'at least '}{self.tokens} tokens"
 
 
+class TextTooLong(MeterError):
+    """A text that is to be cut makes more tokens than can be looked at."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(tokens, limit)
+        self.tokens = tokens
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"The text makes {self.tokens} tokens; at most {self.limit} are cut down by truncate_prompt_tokens. Send "
+            "the part of it that is to be kept."
+        )
+
+
 class AdminKeyError(MeterError):
     """The admin key cannot be used as it is; the message says what to do."""
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from deployments.contracts import AdmissionRefused, AdmissionRequest, owner_of
 from deployments.meter.catalogue import CatalogueEntry
-from deployments.meter.errors import OwnerBusy, PromptTooLong, TokenOutOfVocabulary
+from deployments.meter.errors import OwnerBusy, PromptTooLong, TextTooLong, TokenOutOfVocabulary
 from deployments.meter.tokenizer import Truncation
 
 __all__ = ["MAX_PROMPT_TOKENS", "encode_prompts"]
@@ -48,6 +48,8 @@ async def encode_prompts(entry: CatalogueEntry, request: AdmissionRequest) -> li
         if long.tokens <= room and (refused := _multiplied(request, [long.tokens])):
             return refused
         return _context_exceeded(max_model_len, long.tokens, request.max_tokens, exact=long.exact)
+    except TextTooLong as long_text:
+        return AdmissionRefused("too_many_prompt_tokens", str(long_text), param="prompt")
     except OwnerBusy as busy:
         whose = "this key" if request.team is None else f"the team {request.team}"
         return AdmissionRefused(

@@ -3,7 +3,7 @@
 Measured with tokenizers 0.23 and SmolLM2 (49,152 tokens), a text of 100,000 tokens:
 - `encode` keeps the GIL for its whole 200 ms. `encode_batch_fast` releases it, takes 120 ms because it tracks
   no offsets, and holds the GIL for 2 ms only, while `.ids` becomes a list. Of a text of 8 MiB that list takes 50 to
-  100 ms; so it is made only of what fits: the length is known without it, and cutting is done before.
+  100 ms; so it is made only of what fits, or is to be cut and not too long: the length is known without it.
 - `encode_batch_fast` of one text stays in the calling thread. Several texts at once go through one thread pool of
   the whole process, where a short text would wait for long ones; so each is encoded by a call of its own.
 - Building a tokenizer holds the GIL for 135 ms, from which no thread saves us: once per model.
@@ -18,7 +18,7 @@ from typing import Final, Literal, NamedTuple
 
 from tokenizers import Tokenizer
 
-from deployments.meter.errors import PromptTooLong, TokenizerUnavailable, TokenOutOfVocabulary
+from deployments.meter.errors import PromptTooLong, TextTooLong, TokenizerUnavailable, TokenOutOfVocabulary
 from deployments.meter.token_bytes import token_bytes
 from deployments.meter.tokenizer_lanes import TokenizerLanes
 
@@ -27,8 +27,9 @@ __all__ = ["INLINE_SIZE", "PromptTokenizer", "Truncation"]
 INLINE_SIZE: Final = 2048
 """Characters and token ids of a request that are encoded on the event loop itself: well under a millisecond
 on most machines. More goes to a thread, whose hop costs about 0.15 ms and lets another core do the work."""
-_LIST_SIZE: Final = 65_536
-"""Tokens of a text that become a list at most before it is truncated: about 2 ms."""
+_LIST_SIZE: Final = 2**19
+"""Tokens of a text that become a list at most, to be cut: about 25 ms with the GIL. `Encoding.truncate` takes five times
+as long, and holds it too."""
 
 
 class Truncation(NamedTuple):
@@ -68,7 +69,7 @@ class PromptTokenizer:
         at_most: tokens of each text after truncation, unless that is None.
         owner: whose request it is; threads are shared fairly between owners.
 
-        Raises PromptTooLong, TokenOutOfVocabulary, TokenizerUnavailable, and MeterBusy (OwnerBusy among them) when too
+        Raises PromptTooLong, TextTooLong, TokenOutOfVocabulary, TokenizerUnavailable, and MeterBusy (OwnerBusy among them) when too
         many long prompts wait.
         """
         loaded = self._loaded or await self._load()
@@ -132,8 +133,8 @@ class _LoadedTokenizer:
         if isinstance(prompt, str):
             encoding = self._tokenizer.encode_batch_fast([prompt], add_special_tokens=add_special_tokens)[0]
             if truncation is not None:
-                if len(encoding) > (most := max(truncation.keep, _LIST_SIZE)):
-                    encoding.truncate(most, direction=truncation.side)
+                if len(encoding) > _LIST_SIZE:
+                    raise TextTooLong(len(encoding), _LIST_SIZE)
                 return truncation.cut(encoding.ids)
             if at_most is not None and len(encoding) > at_most:
                 raise PromptTooLong(len(encoding), True)

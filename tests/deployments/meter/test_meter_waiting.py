@@ -258,8 +258,11 @@ async def test_a_text_that_cannot_fit_is_refused_untokenized(tmp_path: Path, mon
                 await client.admit(ask("admin", text))
             assert refused.value.code == "context_length_exceeded"
             assert sizes == []
-        cut = await client.admit(ask("admin", text, options=PromptOptions(truncate_prompt_tokens=7)))
+        cut = await client.admit(ask("admin", text[:500_000], options=PromptOptions(truncate_prompt_tokens=7)))
         assert len(cut.token_ids[0]) == 7
+        with pytest.raises(InvalidRequest, match="makes 1000000 tokens; at most 524288 are cut down") as refused:
+            await client.admit(ask("admin", text, options=PromptOptions(truncate_prompt_tokens=7)))
+        assert refused.value.code == "too_many_prompt_tokens"
         with pytest.raises(InvalidRequest, match=r"requested 1001 tokens \(997 in the prompt; 4 for"):
             await client.admit(ask("admin", "z" * 997))
 
