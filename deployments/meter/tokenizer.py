@@ -28,8 +28,8 @@ INLINE_SIZE: Final = 2048
 """Characters and token ids of a request that are encoded on the event loop itself: well under a millisecond
 on most machines. More goes to a thread, whose hop costs about 0.15 ms and lets another core do the work."""
 _LIST_SIZE: Final = 2**19
-"""Tokens of a text that become a list at most, to be cut: about 25 ms with the GIL. `Encoding.truncate` takes five times
-as long, and holds it too."""
+"""Tokens of a text that become a list at most, to be cut: about 25 ms with the GIL. `Encoding.truncate` takes five
+times as long, and holds it too."""
 
 
 class Truncation(NamedTuple):
@@ -69,8 +69,8 @@ class PromptTokenizer:
         at_most: tokens of each text after truncation, unless that is None.
         owner: whose request it is; threads are shared fairly between owners.
 
-        Raises PromptTooLong, TextTooLong, TokenOutOfVocabulary, TokenizerUnavailable, and MeterBusy (OwnerBusy among them) when too
-        many long prompts wait.
+        Raises PromptTooLong, TextTooLong, TokenOutOfVocabulary, TokenizerUnavailable, and MeterBusy (OwnerBusy among
+        them) when too many long prompts wait.
         """
         loaded = self._loaded or await self._load()
         size = sum(map(len, prompts))
