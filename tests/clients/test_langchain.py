@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from tests.clients.conftest import MODEL, Server
+from tests.conformance.answers import assert_equal_logprobs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -79,14 +80,7 @@ def test_logprobs_equal_those_of_vllms_own_server(connect: Connect, millstream: 
     results = [connect(server, logprobs=2).generate([PROMPT, PROMPTS[4]]) for server in (millstream, reference)]
     for [told], [expected] in zip(results[0].generations, results[1].generations, strict=True):
         assert told.text == expected.text
-        logprobs, expected_logprobs = told.generation_info["logprobs"], expected.generation_info["logprobs"]
-        assert logprobs.keys() == expected_logprobs.keys()
-        assert logprobs["tokens"] == expected_logprobs["tokens"]
-        assert logprobs["text_offset"] == expected_logprobs["text_offset"]
-        assert logprobs["token_logprobs"] == pytest.approx(expected_logprobs["token_logprobs"], abs=1e-3)
-        assert logprobs["top_logprobs"] == [
-            pytest.approx(likely, abs=1e-3) for likely in expected_logprobs["top_logprobs"]
-        ]
+        assert_equal_logprobs(told.generation_info["logprobs"], expected.generation_info["logprobs"])
 
 
 async def test_a_streaming_client_puts_text_logprobs_and_finish_reason_together_again(

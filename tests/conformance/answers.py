@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-__all__ = ["answer_of", "assert_equal_answers"]
+__all__ = ["answer_of", "assert_equal_answers", "assert_equal_logprobs"]
 
 _TOLERANCE = 1e-3
 """Of log probabilities: the same weights in float32, batched differently."""
@@ -58,11 +58,12 @@ def assert_equal_answers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             their["finish_reason"] = "stop"
         for field in ("index", "text", "finish_reason", "stop_reason", "token_ids", "prompt_token_ids"):
             assert our.get(field) == their.get(field), field
-        _assert_equal_logprobs(our.get("logprobs"), their.get("logprobs"))
+        assert_equal_logprobs(our.get("logprobs"), their.get("logprobs"))
         _assert_equal_prompt_logprobs(our.get("prompt_logprobs"), their.get("prompt_logprobs"))
 
 
-def _assert_equal_logprobs(our: dict[str, Any] | None, their: dict[str, Any] | None) -> None:
+def assert_equal_logprobs(our: dict[str, Any] | None, their: dict[str, Any] | None) -> None:
+    """In the legacy format; `their` are of vLLM's own server."""
     assert (our is None) == (their is None)
     if our is None or their is None:
         return
