@@ -339,10 +339,11 @@ VLLMS = {
 
 @EACH_FACE
 async def test_every_dialect_takes_vllms_extras(caller: Caller, face: Face) -> None:
-    together = {name: value for name, value in VLLMS.items() if name != "guided_choice"}
+    together = {name: value for name, value in VLLMS.items() if name not in ("guided_choice", "ignore_eos")}
     body = assert_completion(await caller.post({**BRIEF, **together}), "sim-a")
     assert body["usage"]["prompt_tokens"] == 3
-    assert_completion(await caller.post({**BRIEF, "guided_choice": VLLMS["guided_choice"]}), "sim-a")
+    for name in ("guided_choice", "ignore_eos"):  # each is refused beside another form
+        assert_completion(await caller.post({**BRIEF, name: VLLMS[name]}), "sim-a")
 
 
 @EACH_FACE

@@ -336,6 +336,12 @@ RANGES: dict[str, Range] = {
     "service_tier": Range(["auto", "default"], ["flex", "priority", "", 1]),
 }
 REQUIRED = ("model", "prompt")
+WIDER: dict[tuple[str, str], list[Any]] = {
+    (face, name): value
+    for face in ("D1", "D2")
+    for name, value in (("logprobs", [6]), ("stop", [["1", "2", "3", "4", "5"]]))
+}
+"""What the documents of two dialects do not narrow as OpenAI's does: vLLM's limits hold there (test_dialects.py)."""
 
 
 def test_every_parameter_is_here() -> None:
@@ -380,7 +386,8 @@ async def test_what_lies_beyond_its_range_is_refused_by_name(
     http_without_key: httpx.AsyncClient, simulated_cluster: RunningCluster, face: Face, name: str
 ) -> None:
     asked = RANGES[name]
-    bodies = [{**BRIEF, **asked.beside, name: value} for value in asked.refused]
+    wider = WIDER.get((face.name, name), ())
+    bodies = [{**BRIEF, **asked.beside, name: value} for value in asked.refused if value not in wider]
     for body, response in await every(http_without_key, face, simulated_cluster.key, bodies):
         assert_named(response, face, name, body)
 
