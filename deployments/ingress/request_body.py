@@ -33,7 +33,7 @@ _MAX_PARAMETERS_BYTES: Final = 256 * 1024
 _MAX_STRINGS: Final = 2**16
 _MAX_ESCAPES: Final = 2**19
 """As in `\\n` and `\\u732b`."""
-_MAX_TOKEN_IDS: Final = 2**18
+_MAX_TOKEN_IDS: Final = 2**17
 
 _MAX_QUOTED = 200
 """Characters of what the caller wrote that a message repeats."""

@@ -13,7 +13,15 @@ from tests.faults.harm import Harm
 SECONDS = float(os.environ.get("MILLSTREAM_FUZZ_SECONDS", "20"))
 SEED = int(os.environ.get("MILLSTREAM_FUZZ_SEED", "1"))
 
-pytestmark = pytest.mark.timeout(SECONDS + 300)
+pytestmark = [
+    pytest.mark.timeout(SECONDS + 300),
+    # By the clock beside streams: not yet seen to pass often enough on machines that do other work as well. What it is
+    # about is tested by CPU time in each run: test_harmful_turns.py, test_meter_turns.py.
+    pytest.mark.skipif(
+        not (os.environ.get("MILLSTREAM_THOROUGH") or os.environ.get("MILLSTREAM_FUZZ_SECONDS")),
+        reason="pauses by the clock: MILLSTREAM_THOROUGH=1 or MILLSTREAM_FUZZ_SECONDS",
+    ),
+]
 
 
 @pytest.mark.cluster

@@ -33,7 +33,7 @@ ADMITTED: dict[str, Callable[[], Fields]] = {
     "1,024 choices": lambda: {"prompt": [[1, 2, 3]] * 8, "n": 128, "max_tokens": 4},
     "1,024 choices as a stream": lambda: {"prompt": [[1, 2, 3]] * 8, "n": 128, "max_tokens": 4, "stream": True},
     "1,024 prompts": lambda: {"prompt": [_WORD] * 1024, "max_tokens": 2},
-    "1,024 prompts of 255 ids": lambda: {"prompt": [[1] * 255] * 1024, "max_tokens": 2},
+    "1,024 prompts of 127 ids": lambda: {"prompt": [[1] * 127] * 1024, "max_tokens": 2},
     "8 prompts of 2,000 ids for 128 choices": lambda: {"prompt": [[1] * 2000] * 8, "n": 128, "max_tokens": 1},
     "best of 128": lambda: {"prompt": [1] * 1000, "best_of": 128, "max_tokens": 8},
     "long completions": lambda: {"n": 128, "max_tokens": 1000, "ignore_eos": True},

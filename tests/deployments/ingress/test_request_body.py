@@ -54,8 +54,8 @@ ACCEPTED = {
     "line ends": body(prompt="\n" * 2**19 + "x" * (LIMIT - 2**20 - 100)),
     "texts": body(prompt=["x" * 8000] * 1024),
     "suffix": body(suffix="x" * (LIMIT - 100)),
-    "token ids": body(prompt=[49151] * 2**18),
-    "arrays of token ids": body(prompt=[[49151] * 256] * 1024),
+    "token ids": body(prompt=[49151] * 2**17),
+    "arrays of token ids": body(prompt=[[49151] * 128] * 1024),
     "parameters": body(
         allowed_token_ids=[2**31 - 1] * 8192,
         logit_bias={str(token_id): 1.5 for token_id in range(1024)},
@@ -73,16 +73,16 @@ def test_the_largest_bodies_there_may_be_are_parsed_in_a_turn(data: bytes) -> No
 
 
 REFUSED = {
-    "token ids": (body(prompt=[1] * 2**19), "prompt", "at most 262144 token ids; it has 524288"),
-    "as many as fit": (body(prompt=[1]).replace(b"[1]", b"[" + b"1," * (LIMIT // 2 - 50) + b"1]"), "prompt", "262144"),
+    "token ids": (body(prompt=[1] * 2**19), "prompt", "at most 131072 token ids; it has 524288"),
+    "as many as fit": (body(prompt=[1]).replace(b"[1]", b"[" + b"1," * (LIMIT // 2 - 50) + b"1]"), "prompt", "131072"),
     "arrays": (body(prompt=[[1]] * 20_000), "prompt", "at most 1024 arrays; it has 20000"),
-    "empty arrays": (body(prompt=[[]] * 2**18), "prompt", "at most 1024 arrays"),
+    "empty arrays": (body(prompt=[[]] * 2**17), "prompt", "at most 1024 arrays"),
     "texts": (body(prompt=["some text"] * 10_000), "prompt", "at most 1024 strings; it has 10000"),
     "empty texts": (body(prompt=[""] * 2**21), None, "strings; expected at most 65536"),
     "numbers behind a text": (body(prompt=["a", *[1] * 2**21]), "prompt", "expected an array of strings, of token ids"),
     "an object": (body(prompt={"a": [1] * 2**21}), "prompt", "expected a string or an array"),
     "line ends": (body(prompt="\n" * (LIMIT // 2 - 50)), None, "backslashes; expected at most 524288"),
-    "a suffix of numbers": (body(suffix=[1] * 2**21), "suffix", "at most 262144"),
+    "a suffix of numbers": (body(suffix=[1] * 2**21), "suffix", "at most 131072"),
     "a name": (body(model="x" * (LIMIT - 100)), "model", "at most 131072 bytes of JSON"),
     "token ids that are no prompt": (body(allowed_token_ids=[1] * 2**20), "allowed_token_ids", "bytes of JSON"),
     "a word": (body(bad_words=["x" * 1_800_000]), "bad_words", "bytes of JSON"),
