@@ -283,6 +283,8 @@ def _reason(message: str) -> str:
     """llguidance's, without the source that it quotes and the state that it tells."""
     if "NoExtension" in message:
         return "No text conforms to it: a rule needs itself before it can begin"
+    if "Regex is empty" in message:  # which it shows as its library writes them
+        return "Unsatisfiable schema: no text matches all of its patterns and formats"
     return _PLACE.sub("", _CONTEXT.sub("", message.partition("\n<state>")[0])).removeprefix(
         "failed to compile JSON schema: "
     )

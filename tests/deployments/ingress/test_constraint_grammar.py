@@ -55,6 +55,7 @@ def conforms(grammars: ModelGrammars, grammar: str, text: str, *, ended: bool = 
         ({"$ref": "#/$defs/nowhere"}, "'$ref'"),
         ({"type": "object", "required": ["a"], "additionalProperties": False}, "'a'"),
         ({"allOf": [{"type": "string"}, {"type": "number"}]}, "Unsatisfiable"),
+        ({"type": "string", "allOf": [{"format": "email"}, {"format": "date"}]}, "no text matches all of its patterns"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf"),
         ({"not": {}}, "'not'"),
         ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
