@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Callable
 from itertools import count
 from pathlib import Path
@@ -16,13 +15,11 @@ from deployments.meter.meter import Meter
 from deployments.meter.service import MeterService
 from tests.deployments.meter.running_meter import running_meter, settlement
 from tests.deployments.meter.tiny_tokenizer import save_tiny_tokenizer
-from tests.loop_turns import LONGEST_TURN_S, LoopTurns, loop_turns
+from tests.loop_turns import LoopTurns, assert_short, loop_turns
 
 pytestmark = pytest.mark.timeout(180)
 
 MB = 2**20
-_ATTEMPTS = 8
-"""The best of so many counts: a collection of garbage, say, is not the request's."""
 _MILL = "the mill turns and the stream runs "
 _NUMBERS = count()
 
@@ -77,10 +74,8 @@ async def _turns_of(meter: Meter, request: AdmissionRequest) -> tuple[LoopTurns,
 @pytest.mark.parametrize("case", CASES)
 async def test_an_admission_holds_no_loop(meter: Meter, case: str) -> None:
     model, options, prompts = CASES[case]
-    gc.collect()
-    gc.freeze()  # what other tests have left is none of a server's
-    least: LoopTurns | None = None
-    for _ in range(_ATTEMPTS):
+
+    async def attempt() -> LoopTurns:
         request = AdmissionRequest(
             request_id=f"cmpl-{next(_NUMBERS)}",
             key_id="admin",
@@ -92,9 +87,6 @@ async def test_an_admission_holds_no_loop(meter: Meter, case: str) -> None:
         )
         turns, answer = await _turns_of(meter, request)
         assert isinstance(answer, Admitted) or answer.param == "prompt"
-        if least is None or turns.longest_s < least.longest_s:
-            least = turns
-        if least.longest_s < LONGEST_TURN_S:
-            break
-    assert least is not None
-    assert least.longest_s < LONGEST_TURN_S, str(least)
+        return turns
+
+    await assert_short(attempt)
