@@ -26,8 +26,8 @@ serve: $(CPU) ## start the cluster, print a curl to try, stop it with Ctrl-C; CO
 test: $(CLIENTS) ## run all tests; ARGS="-k name" goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-test-unit: $(DEV) ## run the tests that need neither Ray, vLLM nor PostgreSQL; ARGS= as above
-	$(BIN)/python -m pytest -m "not cluster and not vllm and not postgres" $(ARGS)
+test-unit: $(DEV) ## run the quick tests, which need neither Ray, vLLM nor PostgreSQL; ARGS= as above
+	$(BIN)/python -m pytest -m "not cluster and not vllm and not postgres and not slow" $(ARGS)
 
 faults: $(DEV) ## kill processes under load for 10 minutes, then audit the ledger; ARGS="--seed 2 --seconds 60", ARGS=--vllm
 	$(BIN)/python -m tests.faults.campaign $(ARGS)

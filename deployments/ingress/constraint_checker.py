@@ -68,8 +68,8 @@ class ConstraintChecker:
         self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()
         """By owner; the first one's turn is next."""
         self._checks_waiting = 0
-        self._under_way: set[str] = set()
-        """Owners that have a job under way."""
+        self._under_way: dict[str, _Job] = {}
+        """By owner."""
         self._idle = [_Worker() for _ in range(_WORKERS)]
         self._remembered: OrderedDict[bytes, CheckedConstraint] = OrderedDict()
         self._remembered_bytes = 0
@@ -96,13 +96,15 @@ class ConstraintChecker:
     async def close(self) -> None:
         """End the workers; what waits is given up. Safe twice."""
         self._closed = True
+        given_up = [*self._under_way.values(), *(job for jobs in self._waiting.values() for job in jobs)]
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        for job in [job for jobs in self._waiting.values() for job in jobs]:
+        for job in given_up:
             if not job.answer.done():
                 job.answer.set_exception(_busy())
+        self._under_way.clear()
         self._waiting.clear()
         self._checks_waiting = 0
         for worker in self._idle:
@@ -126,7 +128,7 @@ class ConstraintChecker:
         """Give idle workers the next jobs of owners that have none under way."""
         while self._idle and not self._closed and (job := self._next()) is not None:
             worker = self._idle.pop()
-            self._under_way.add(job.owner)
+            self._under_way[job.owner] = job
             task = asyncio.create_task(self._run(worker, job), name="constraint-check")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -157,10 +159,8 @@ class ConstraintChecker:
             if not job.answer.done():
                 job.answer.set_result(answer)
         finally:
-            if not job.answer.done():  # this was closed
-                job.answer.set_exception(_busy())
             self._idle.append(worker)
-            self._under_way.discard(job.owner)
+            self._under_way.pop(job.owner, None)
             self._dispatch()
 
     def _recall(self, key: bytes) -> CheckedConstraint | None:
@@ -213,7 +213,13 @@ class _Worker:
         if self._process is None:
             ours, theirs = socket.socketpair()
             with theirs:
-                self._process = await asyncio.to_thread(_spawn, theirs)
+                spawning = asyncio.create_task(asyncio.to_thread(_spawn, theirs))
+                try:
+                    self._process = await asyncio.shield(spawning)
+                except asyncio.CancelledError:
+                    self._process = await spawning  # for `end`
+                    ours.close()
+                    raise
             self._reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=_MAX_ANSWER_BYTES)
         await self.ask(LoadModel(folder), LoadModel, _START_LIMIT_S)
 

@@ -29,6 +29,7 @@ MODULES = Path(os.environ.get("MILLSTREAM_NODE_MODULES") or Path(sys.prefix) / "
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(180),
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here"),
     pytest.mark.skipif(

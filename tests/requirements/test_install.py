@@ -25,7 +25,7 @@ CUDA_LIKE = 'raise ImportError("libcudnn.so.9: cannot open shared object file: N
 LOCK = "setuptools==78.1.1\ntorch==2.13.0+cpu\nvllm-stand-in==1.0\n"
 PYPROJECT = '[project]\nname = "tree"\nversion = "1"\n[tool.setuptools]\npy-modules = []\n'
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from deployments.ingress import constraint_checker
 from deployments.ingress.constraint_checker import ConstraintChecker
 from deployments.ingress.errors import Overloaded, ServiceUnavailable
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 COSTLY = {"properties": {f"p{number}": {"type": "string"} for number in range(2000)}}
 

@@ -17,7 +17,7 @@ from tests.deployments.ingress.memory_gateway import Exchange, Gateway, gateway,
 from tests.faults.harmful_requests import BODY_LIMIT_BYTES, EXAMPLES
 from tests.loop_turns import LoopTurns, assert_short, loop_turns
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 _TIME_LIMIT_S = 5.0
 """Then the client leaves."""

@@ -85,7 +85,7 @@ def test_a_keyword_is_held(grammars: ModelGrammars, wanderer: Wanderer, keyword:
     for schema in HELD_SCHEMAS[keyword]:
         grammar, message = checked(grammars, schema)
         assert grammar, message
-        texts = {text for _ in range(40) if (text := wanderer.text(grammar, drawn)) is not None}
+        texts = {text for _ in range(15) if (text := wanderer.text(grammar, drawn)) is not None}
         assert texts or schema.get("format") in ("email", "uri"), "none came to an end"
         assert {text: found for text in texts if (found := violation(schema, text))} == {}
 
@@ -105,6 +105,7 @@ def test_an_annotation_has_no_effect(grammars: ModelGrammars, keyword: str) -> N
     assert checked(grammars, {keyword: value, "type": "integer"}) == checked(grammars, {"type": "integer"})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(SECONDS * 2 + 120)
 def test_what_is_taken_is_held(grammars: ModelGrammars, wanderer: Wanderer) -> None:
     drawn = random.Random(None if THOROUGH else 13)

@@ -17,7 +17,7 @@ from tests.deployments.meter.running_meter import running_meter, settlement
 from tests.deployments.meter.tiny_tokenizer import save_tiny_tokenizer
 from tests.loop_turns import LoopTurns, assert_short, loop_turns
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 MB = 2**20
 _MILL = "the mill turns and the stream runs "

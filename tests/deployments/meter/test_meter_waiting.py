@@ -278,6 +278,7 @@ async def test_a_text_that_cannot_fit_is_refused_untokenized(tmp_path: Path, mon
     ],
     ids=["fits", "too long", "beyond ASCII", "cut", "token ids"],
 )
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 async def test_no_turn_of_the_event_loop_is_long_for_one_request(
     tmp_path: Path,

@@ -82,6 +82,7 @@ def test_a_normalizer_that_composes_is_allowed_for(tiny: Tokenizer) -> None:
     assert of(tiny) == TokenBytes(9 * plain.most)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_no_character_shrinks_more_than_is_allowed_for(form: str) -> None:
     for code in range(sys.maxunicode + 1):
