@@ -52,8 +52,9 @@ Bodies are JSON objects, declared as `content-type: application/json`. They are 
 - Invalid UTF-8, lone surrogates and a byte order mark are refused.
 - A body may be packed with gzip, `content-encoding: gzip`; its limit holds for what it unpacks to.
 - `prompt`, `suffix` and `tokens` may be as long as the body, with up to 1024 texts or arrays, or 131072 token ids. All
-  else has at most 128 KiB of JSON per parameter and 256 KiB together. A body has at most 65536 strings and 524288
-  backslashes: send text as UTF-8, not as `\\u732b`. Bodies of up to 64 KiB may have anything.
+  else has at most 128 KiB of JSON per parameter and 256 KiB together. A body has at most 65536 strings, 524288
+  backslashes (send text as UTF-8, not as `\\u732b`) and 4 MiB outside of strings. Bodies of up to 64 KiB may have
+  anything.
 """
 
 _PARAMETERS: Final = """\

@@ -34,6 +34,8 @@ _MAX_STRINGS: Final = 2**16
 _MAX_ESCAPES: Final = 2**19
 """As in `\\n` and `\\u732b`."""
 _MAX_TOKEN_IDS: Final = 2**17
+_MAX_OUTSIDE_BYTES: Final = 32 * _MAX_TOKEN_IDS
+"""Outside of strings: numbers, brackets and whitespace."""
 
 _MAX_QUOTED = 200
 """Characters of what the caller wrote that a message repeats."""
@@ -80,23 +82,25 @@ def parse_body(body: bytes, kind: type[B]) -> B:
 
 def _look_at(body: bytes, kind: type[Body]) -> None:
     """Raises InvalidRequest where parsing would take long."""
-    escapes, quotes = body.count(b"\\"), body.count(b'"')
+    escapes = body.count(b"\\")
+    bare = body
     if 0 < escapes <= _MAX_ESCAPES:
-        bare = body.replace(b"\\\\", b"")  # what is escaped now is no backslash
-        quotes -= bare.count(b'\\"')
+        bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    quotes = bare.count(b'"')
     if escapes > _MAX_ESCAPES:
         raise InvalidRequest(
             f"The body has {escapes} backslashes; expected at most {_MAX_ESCAPES}. Send text as UTF-8."
         )
     if quotes > 2 * _MAX_STRINGS:
         raise InvalidRequest(f"The body has {quotes // 2} strings; expected at most {_MAX_STRINGS}.")
+    known = {field.alias or name for name, field in kind.model_fields.items()}
+    _look_outside_strings(bare, known)
     try:
         parameters = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
         raise InvalidRequest("The body must be a JSON object.", kind="model_type") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {_malformed(error)}.", kind="json_invalid") from None
-    known = {field.alias or name for name, field in kind.model_fields.items()}
     rest = len(body)
     for name, raw in parameters.items():
         if name not in known:
@@ -110,6 +114,24 @@ def _look_at(body: bytes, kind: type[Body]) -> None:
     if rest > _MAX_PARAMETERS_BYTES:
         beside = f" beside {' and '.join(sorted(kind.content))}" if kind.content else ""
         raise InvalidRequest(f"The body has {rest} bytes{beside}; expected at most {_MAX_PARAMETERS_BYTES}.")
+
+
+def _look_outside_strings(body: bytes, known: set[str]) -> None:
+    """`body` is without escaped quotes."""
+    pieces = body.split(b'"')
+    outside = pieces[::2]
+    size = sum(map(len, outside))
+    if size <= _MAX_OUTSIDE_BYTES:
+        return
+    longest = outside.index(max(outside, key=len))
+    before = pieces[2 * longest - 1] if longest else b""
+    name = next((name for name in known if name.encode() == before), None)
+    most = f", most of them of '{name}'" if name is not None else ""
+    raise InvalidRequest(
+        f"The body has {size} bytes of numbers, brackets and spaces{most}; expected at most {_MAX_OUTSIDE_BYTES}, and "
+        f"at most {_MAX_TOKEN_IDS} token ids.",
+        param=name,
+    )
 
 
 def _look_at_content(name: str, raw: bytes) -> None:

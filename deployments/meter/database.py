@@ -65,8 +65,8 @@ def open_database(database_url: str) -> sa.Engine:
 
 
 def _make_private(file: Path, *_connecting: object) -> None:
-    """A new file is its owner's only: it has every caller's usage. SQLite gives those beside it the same mode, and tells
-    what stands in the way of making one."""
+    """A new file is its owner's only: it has every caller's usage. SQLite gives those beside it the same mode, and
+    tells what stands in the way of making one."""
     with suppress(OSError):
         os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
