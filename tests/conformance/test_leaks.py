@@ -78,7 +78,7 @@ def test_only_what_the_caller_sent_may_be_told_back() -> None:
 def test_no_class_of_error_leaks_by_itself(kind: type[ApiError]) -> None:
     error: ApiError
     if kind in (InternalError, GivenUp, NotResumable):
-        error = kind()  # type: ignore[call-arg]  # theirs is one message
+        error = kind()  # theirs is one message
     elif issubclass(kind, RateLimitExceeded):
         error = kind("No.", None, None)
     else:
