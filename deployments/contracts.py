@@ -662,6 +662,12 @@ class PoolCounters(msgspec.Struct, array_like=True):
     resumes: int = 0
     held: int = 0
     """Requests that wait now, because no replica is up."""
+    suspects: int = 0
+    """Generations that are tried alone now, or wait for it: a replica was lost while they began."""
+    given_up: int = 0
+    """Generations that ended because the replica that tried them alone was lost as well."""
+    not_resumable: int = 0
+    """Generations that ended with their replica, because no other can go on exactly."""
 
 
 class IngressCounters(msgspec.Struct, array_like=True):

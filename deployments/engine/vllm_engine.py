@@ -48,6 +48,8 @@ class VllmSettings:
 
 
 _MANY_TOKEN_IDS = 512
+_ANYTHING = "start: /(?s:.*)/"
+"""A grammar that every output has."""
 
 
 class VllmEngine:
@@ -104,6 +106,7 @@ class VllmEngine:
         loggers = stat_loggers(gauge)
         # Loads weights and waits for child processes; the event loop must go on answering Serve meanwhile.
         self._engine = await asyncio.to_thread(AsyncLLMEngine.from_engine_args, arguments, stat_loggers=loggers)
+        await self._warm_up()
         self._gauge = gauge
         self.max_model_len = self._engine.model_config.max_model_len
 
@@ -149,6 +152,15 @@ class VllmEngine:
             raise EngineUnhealthy(f"vLLM's engine core gave no answer for {self._stall_timeout_s:g} s") from None
         except Exception as error:  # it died after the look at `errored`
             raise EngineUnhealthy("vLLM's engine core has died") from error
+
+    async def _warm_up(self) -> None:
+        """Do now what vLLM would do at its first request with a grammar, in a turn and in a step that others wait for:
+        import what compiles grammars, and read the tokenizer's vocabulary for it."""
+        from vllm.inputs import tokens_input
+
+        first = Sampling(max_tokens=1, grammar=_ANYTHING)
+        async for _ in self._engine.generate(tokens_input([0]), _sampling_params(first), request_id="warm-up"):
+            pass
 
     async def shutdown(self) -> None:
         aborted = list(self._tasks.values())

@@ -147,6 +147,7 @@ class EnginePool:
     def counters(self) -> PoolCounters:
         """For Prometheus."""
         self._counters.held = self._held
+        self._counters.suspects = len(self._trials) + len(self._suspects)
         return self._counters
 
     def cards(self) -> list[dict[str, Any]]:
@@ -270,9 +271,11 @@ class EnginePool:
             generation.lost()
             if not generation.resumable:
                 log.warning("generation cannot go on exactly", request_id=generation.request_id)
+                self._counters.not_resumable += 1
                 generation.fail(NotResumable())
             elif generation is trial and generation in suspects:
                 log.error("generation given up", request_id=generation.request_id, resumes=generation.resumes)
+                self._counters.given_up += 1
                 generation.fail(GivenUp())
             elif generation in suspects:
                 self._suspects.append((deadline, generation))

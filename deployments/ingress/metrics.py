@@ -149,18 +149,17 @@ class _Metrics(Collector):
             labels,
             ((each, pool.inter_tokens) for pool, each in told),
         )
-        yield _counter(
-            "resumes",
-            "Generations that lost their engine replica and went on elsewhere",
-            labels,
-            ((each, pool.resumes) for pool, each in told),
-        )
-        yield _gauge(
-            "held_requests",
-            "Requests that wait because no engine replica is up",
-            labels,
-            ((each, pool.held) for pool, each in told),
-        )
+        for name, documentation in (
+            ("resumes", "Generations that lost their engine replica and went on elsewhere"),
+            ("not_resumable", "Generations in a required form that ended with their engine replica"),
+            ("given_up", "Generations that ended because two engine replicas were lost while they began"),
+        ):
+            yield _counter(name, documentation, labels, ((each, getattr(pool, name)) for pool, each in told))
+        for name, documentation, field in (
+            ("held_requests", "Requests that wait because no engine replica is up", "held"),
+            ("suspects", "Generations tried alone, or waiting for it: a replica was lost while they began", "suspects"),
+        ):
+            yield _gauge(name, documentation, labels, ((each, getattr(pool, field)) for pool, each in told))
         for name, documentation, field in (
             ("unsettled_requests", "Settlements that no meter has acknowledged yet", "unsettled"),
             ("oldest_unsettled_seconds", "How long the oldest of them has waited", "oldest_unsettled_s"),

@@ -464,6 +464,7 @@ async def test_a_generation_that_kills_its_replicas_is_given_up_and_the_others_a
         assert isinstance(killer.error, GivenUp)
         assert killer.error.headers() == {"x-should-retry": "false"}
         assert killer.generation.resumes == 2
+        assert (pool.counters().given_up, pool.counters().suspects) == (1, 0)
         await other.until_ended()
         other.assert_undisturbed()
         assert other.generation.resumes in (1, 2)
@@ -590,6 +591,7 @@ async def test_an_answer_in_a_required_form_ends_with_an_error_rather_than_begin
         replicas[home(replicas)].break_streams()
         await begun.until_ended()
         assert isinstance(begun.error, NotResumable)
+        assert pool.counters().not_resumable == 1
         await fresh.until_ended()
         fresh.assert_undisturbed()
 
