@@ -204,13 +204,16 @@ the generation and is not part of the text. `repetition`: it repeats itself. `st
 its own. `refused`: the engine cannot do what the request asks for. `failed`: the engine lost it."""
 
 
-class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log probabilities of tokens at one position: first of the token that is there, then of the others that were
-    asked for, the likeliest first. No token is told twice."""
+    asked for, the likeliest first. No token is told twice.
 
-    token_ids: list[int]
-    logprobs: list[float]
-    ranks: list[int]
+    A prompt has thousands of them, and tuples of numbers are none of the garbage collector's.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]
     """Among all of the vocabulary; 1 is the likeliest."""
 
 

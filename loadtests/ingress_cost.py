@@ -90,8 +90,8 @@ class _Pool(EnginePool):
         for number, token_id in enumerate(self._token_ids[: last + 1]):
             logprobs = None
             if self._logprobs is not None:
-                likely = [token_id, *range(100, 100 + self._logprobs)]
-                logprobs = [PositionLogprobs(likely, [-0.5] * len(likely), list(range(1, len(likely) + 1)))]
+                likely = (token_id, *range(100, 100 + self._logprobs))
+                logprobs = [PositionLogprobs(likely, (-0.5,) * len(likely), tuple(range(1, len(likely) + 1)))]
             generation.deliver(TokenDelta(0, [token_id], "length" if number == last else None, logprobs=logprobs))
             await asyncio.sleep(0)
 

@@ -193,7 +193,7 @@ class Simulator:
         vocabulary = settings.vocabulary_tokens - settings.first_token
         tokens = dict.fromkeys([token, *(self._likeliest(state, rank) for rank in range(1, likeliest + 1)), *others])
         ranks = [(each - settings.first_token - state) % vocabulary + 1 for each in tokens]
-        return PositionLogprobs(list(tokens), [-0.5 * math.sqrt(rank) for rank in ranks], ranks)
+        return PositionLogprobs(tuple(tokens), tuple([-0.5 * math.sqrt(rank) for rank in ranks]), tuple(ranks))
 
     def _prompt_logprobs(self, token_ids: list[int], sampling: Sampling) -> list[PositionLogprobs | None] | None:
         if sampling.prompt_logprobs is None:

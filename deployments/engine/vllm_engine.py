@@ -265,7 +265,7 @@ def _sampling_params(sampling: Sampling) -> Any:
 def _position(likely: dict[int, Any]) -> PositionLogprobs:
     """From vLLM's `{token id: Logprob}`, the token that is there first."""
     return PositionLogprobs(
-        list(likely), [each.logprob for each in likely.values()], [each.rank for each in likely.values()]
+        tuple(likely), tuple([each.logprob for each in likely.values()]), tuple([each.rank for each in likely.values()])
     )
 
 
@@ -283,7 +283,7 @@ def _positions(told: Any) -> list[PositionLogprobs | None]:
             ranks[0] = ranks[twice]
             for each in (token_ids, ranks, logprobs):
                 del each[twice]
-        positions.append(PositionLogprobs(token_ids, logprobs, ranks))
+        positions.append(PositionLogprobs(tuple(token_ids), tuple(logprobs), tuple(ranks)))
     return positions
 
 

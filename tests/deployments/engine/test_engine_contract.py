@@ -125,8 +125,8 @@ async def test_each_token_comes_with_its_log_probability_and_those_of_the_likeli
     assert [position.token_ids[0] for position in receiver.logprobs] == receiver.tokens
     for position in receiver.logprobs:
         assert len(position.token_ids) == max(1, likeliest) == len(set(position.token_ids))
-        assert position.ranks == sorted(position.ranks) == list(range(1, len(position.ranks) + 1))
-        assert position.logprobs == sorted(position.logprobs, reverse=True)
+        assert list(position.ranks) == sorted(position.ranks) == list(range(1, len(position.ranks) + 1))
+        assert list(position.logprobs) == sorted(position.logprobs, reverse=True)
         assert max(position.logprobs) <= 0
 
 
@@ -135,9 +135,9 @@ async def test_a_token_that_is_not_the_likeliest_comes_before_those_that_are(eng
     receiver = await complete(engine, "told", [*PROMPT, 7, 8], greedy(1, prompt_logprobs=2))
     after_prompt = receiver.prompt_logprobs[len(PROMPT)]
     assert after_prompt is not None
-    assert after_prompt.token_ids == [7, *likely]
+    assert after_prompt.token_ids == (7, *likely)
     assert after_prompt.ranks[0] > 2
-    assert after_prompt.ranks[1:] == [1, 2]
+    assert after_prompt.ranks[1:] == (1, 2)
     assert after_prompt.logprobs[0] < after_prompt.logprobs[2] <= after_prompt.logprobs[1]
 
 
@@ -147,7 +147,7 @@ async def test_the_prompts_log_probabilities_come_once_for_all_tokens_but_the_fi
         receiver = await complete(engine, str(run), prompt, greedy(3, prompt_logprobs=0))
         assert receiver.prompt_logprobs[0] is None
         assert [position and position.token_ids for position in receiver.prompt_logprobs[1:]] == [
-            [token] for token in prompt[1:]
+            (token,) for token in prompt[1:]
         ]
         assert not any(receiver.cached_tokens)
 
@@ -155,7 +155,7 @@ async def test_the_prompts_log_probabilities_come_once_for_all_tokens_but_the_fi
 async def test_log_probabilities_of_chosen_tokens_come_where_asked_for(engine: Engine) -> None:
     receiver = await complete(engine, "a", PROMPT, greedy(2, logprob_token_ids=(900, 901)))
     for token, position in zip(receiver.tokens, receiver.logprobs, strict=True):
-        assert position.token_ids == [token, 900, 901]
+        assert position.token_ids == (token, 900, 901)
 
 
 # --- the end of a generation ------------------------------------------------------------------------------------------

@@ -217,8 +217,8 @@ async def test_a_generation_that_ends_while_it_is_submitted_is_told_on_the_strea
 async def test_everything_that_the_engine_tells_travels_on_the_stream(
     replica: EngineReplica, engine: ScriptedEngine
 ) -> None:
-    of_prompt = [None, PositionLogprobs([2, 7], [-3.5, -0.25], [90, 1]), PositionLogprobs([3], [-0.5], [1])]
-    of_token = PositionLogprobs([10, 11], [-0.125, -float("inf")], [1, 40_000])
+    of_prompt = [None, PositionLogprobs((2, 7), (-3.5, -0.25), (90, 1)), PositionLogprobs((3,), (-0.5,), (1,))]
+    of_token = PositionLogprobs((10, 11), (-0.125, -float("inf")), (1, 40_000))
     async with aclosing(await opened(replica)) as steps:
         submit(replica, "s", submission(1))
         [deliver] = engine.alive.values()

@@ -168,9 +168,9 @@ def test_the_likeliest_token_is_generated_and_told_first(prompt: list[int], like
     positions = positions_of(prompt, logprobs=likeliest)
     assert [position.token_ids[0] for position in positions] == tokens
     for position in positions:
-        assert position.ranks == list(range(1, max(1, likeliest) + 1))
+        assert position.ranks == tuple(range(1, max(1, likeliest) + 1))
         assert len(set(position.token_ids)) == len(position.token_ids) == len(position.logprobs)
-        assert position.logprobs == sorted(position.logprobs, reverse=True)
+        assert list(position.logprobs) == sorted(position.logprobs, reverse=True)
         assert max(position.logprobs) < 0
 
 
@@ -191,7 +191,7 @@ def test_the_tokens_of_a_prompt_come_first_and_the_likeliest_after_them(prompt: 
         assert position is not None
         own = position.ranks[0]
         assert sorted(position.ranks) == sorted({own, *range(1, likeliest + 1)})
-        assert position.ranks[1:] == sorted(position.ranks[1:])
+        assert list(position.ranks[1:]) == sorted(position.ranks[1:])
         by_rank = sorted(zip(position.ranks, position.logprobs, strict=True))
         assert [logprob for _, logprob in by_rank] == sorted(position.logprobs, reverse=True)
 
@@ -201,14 +201,14 @@ def test_chosen_tokens_are_told_instead_of_the_likeliest() -> None:
     others = [token for token in range(100) if token not in tokens][:2]
     positions = positions_of([1, 2, 3], max_tokens=3, logprobs=5, logprob_token_ids=(*others, tokens[1]))
     assert [position.token_ids for position in positions] == [
-        [tokens[0], *others, tokens[1]],
-        [tokens[1], *others],  # not told twice
-        [tokens[2], *others, tokens[1]],
+        (tokens[0], *others, tokens[1]),
+        (tokens[1], *others),  # not told twice
+        (tokens[2], *others, tokens[1]),
     ]
     likely = positions_of([1, 2, 3], max_tokens=3, logprobs=99)
     for position, all_tokens in zip(positions, likely, strict=True):
         known = dict(zip(all_tokens.token_ids, all_tokens.logprobs, strict=True))
-        assert position.logprobs == [known[token] for token in position.token_ids]
+        assert list(position.logprobs) == [known[token] for token in position.token_ids]
 
 
 def test_log_probabilities_keep_to_the_tokens_that_can_be_generated() -> None:

@@ -82,7 +82,7 @@ async def test_a_refusal_keeps_its_words_and_the_parameter_it_names() -> None:
 
 
 def position(token_id: int) -> PositionLogprobs:
-    return PositionLogprobs([token_id, 0], [-0.1 * token_id, -0.5], [2, 1])
+    return PositionLogprobs((token_id, 0), (-0.1 * token_id, -0.5), (2, 1))
 
 
 async def test_log_probabilities_are_merged_with_their_tokens() -> None:
@@ -265,7 +265,7 @@ def test_every_token_is_sent_once_in_order_and_sequence_numbers_have_no_gaps(scr
 
 async def test_log_probabilities_are_split_into_messages_that_are_read_in_one_turn() -> None:
     outbox = StepOutbox(EngineLoad)
-    position = PositionLogprobs(list(range(20)), [0.0] * 20, [1] * 20)
+    position = PositionLogprobs(tuple(range(20)), (0.0,) * 20, (1,) * 20)
     for generation in range(1, 9):
         outbox.push(TokenDelta(generation, [1], prompt_logprobs=[None, *[position] * 500]))
     outbox.close()

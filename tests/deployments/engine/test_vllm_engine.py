@@ -107,5 +107,5 @@ async def test_log_probabilities_of_a_prompt_are_delivered_once(tmp_path: Path) 
     engine.submit("g", [1, 7], Sampling(max_tokens=3, prompt_logprobs=1), receiver)
     await receiver.until_finished()
     engine._engine = None
-    assert receiver.prompt_logprobs == [None, PositionLogprobs([7, 5], [-3.0, -0.5], [9, 1])]
+    assert receiver.prompt_logprobs == [None, PositionLogprobs((7, 5), (-3.0, -0.5), (9, 1))]
     assert receiver.tokens == [0, 1, 2]

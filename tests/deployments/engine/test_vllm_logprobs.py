@@ -25,7 +25,7 @@ def test_the_flat_form_of_a_prompt_tells_what_its_objects_tell() -> None:
     assert told == [likely and _position(likely) for likely in objects]
     assert told == [
         None,
-        PositionLogprobs([7, 5, 6], [-3.0, -0.5, -1.0], [9, 1, 2]),
-        PositionLogprobs([5, 6], [-0.5, -1.0], [1, 2]),
-        PositionLogprobs([6, 5], [-1.0, -0.5], [2, 1]),
+        PositionLogprobs((7, 5, 6), (-3.0, -0.5, -1.0), (9, 1, 2)),
+        PositionLogprobs((5, 6), (-0.5, -1.0), (1, 2)),
+        PositionLogprobs((6, 5), (-1.0, -0.5), (2, 1)),
     ]

@@ -263,7 +263,7 @@ async def test_what_is_impossible_is_told_in_numbers_that_json_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
     def impossible(_self: Simulator, _state: int, token: int, _likeliest: int, _others: Any = ()) -> PositionLogprobs:
-        return PositionLogprobs([token], [-float("inf")], [27])
+        return PositionLogprobs((token,), (-float("inf"),), (27,))
 
     monkeypatch.setattr(Simulator, "_logprobs", impossible)
     async with gateway(tmp_path) as gate:
@@ -429,7 +429,7 @@ async def test_what_is_made_to_score_a_prompt_is_not_paid_when_another_prompt_is
 
 def _by_token(_self: Simulator, _state: int, token: int, _likeliest: int, _others: Any = ()) -> PositionLogprobs:
     """The earlier in the alphabet, the likelier."""
-    return PositionLogprobs([token], [-0.1 * token], [1])
+    return PositionLogprobs((token,), (-0.1 * token,), (1,))
 
 
 @pytest.mark.parametrize("logprobs", [None, 0])

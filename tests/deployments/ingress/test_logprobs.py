@@ -61,8 +61,10 @@ def metaspace(marker: str = "▁", *, in_sequence: bool = False, strips: bool = 
 
 def position(token_id: int, *others: int) -> PositionLogprobs:
     """Of made-up probabilities."""
-    told = [token_id, *others]
-    return PositionLogprobs(told, [-0.5 * (place + 1) for place in range(len(told))], list(range(1, len(told) + 1)))
+    told = (token_id, *others)
+    return PositionLogprobs(
+        told, tuple([-0.5 * (place + 1) for place in range(len(told))]), tuple(range(1, len(told) + 1))
+    )
 
 
 def writer(tokenizer: Tokenizer, *, top: int | None = 0, as_token_ids: bool = False) -> LogprobsWriter:
@@ -195,8 +197,8 @@ def told(position: PositionLogprobs, **options: Any) -> tuple[str, float | None,
     return logprobs.tokens[0], logprobs.token_logprobs[0], logprobs.top_logprobs[0]
 
 
-LIKELY = PositionLogprobs([A, B, C, D], [-0.5, -1.0, -1.5, -2.0], [1, 2, 3, 4])
-UNLIKELY = PositionLogprobs([D, A, B, C], [-9.0, -0.5, -1.0, -1.5], [20, 1, 2, 3])
+LIKELY = PositionLogprobs((A, B, C, D), (-0.5, -1.0, -1.5, -2.0), (1, 2, 3, 4))
+UNLIKELY = PositionLogprobs((D, A, B, C), (-9.0, -0.5, -1.0, -1.5), (20, 1, 2, 3))
 
 
 def test_no_more_is_told_than_was_asked_for() -> None:
@@ -262,7 +264,7 @@ def test_no_entry_is_ever_lost(byte_values: list[int]) -> None:
 
 @pytest.mark.parametrize("lowest", [-math.inf, -10_000.0, -1e300])
 def test_no_log_probability_is_lower_than_json_can_say(lowest: float) -> None:
-    impossible = PositionLogprobs([A, B], [lowest, -9998.5], [200, 1])
+    impossible = PositionLogprobs((A, B), (lowest, -9998.5), (200, 1))
     assert told(impossible, top=1) == ("a", -9999.0, {"a": -9999.0, "b": -9998.5})
     assert list(prompt_logprobs_fields(TokenTexts(byte_level()), [impossible])) == [
         {
@@ -348,7 +350,7 @@ def positions(draw: st.DrawFn, tokenizer: Tokenizer, max_size: int = 12) -> list
     for token_id in token_ids:
         others = [other for other in draw(st.lists(token, max_size=3, unique=True)) if other != token_id]
         logprobs = draw(st.lists(logprob, min_size=1 + len(others), max_size=1 + len(others)))
-        told.append(PositionLogprobs([token_id, *others], logprobs, list(range(1, 2 + len(others)))))
+        told.append(PositionLogprobs((token_id, *others), tuple(logprobs), tuple(range(1, 2 + len(others)))))
     return told
 
 
@@ -404,7 +406,7 @@ def test_prompt_logprobs_are_told_by_token_id() -> None:
     first, second = byte_ids("é".encode())
     fields = prompt_logprobs_fields(
         TokenTexts(byte_level()),
-        [None, UNLIKELY, position(first), PositionLogprobs([second, A], [-3.0, -0.25], [7, 1])],
+        [None, UNLIKELY, position(first), PositionLogprobs((second, A), (-3.0, -0.25), (7, 1))],
     )
     assert list(fields) == [
         None,
@@ -462,7 +464,9 @@ def test_all_is_told_as_by_vllm_itself(smollm2_tokenizer: Tokenizer) -> None:
 
         def delivered(likely: Any) -> PositionLogprobs:
             told = likely.values()
-            return PositionLogprobs(list(likely), [each.logprob for each in told], [each.rank for each in told])
+            return PositionLogprobs(
+                tuple(likely), tuple([each.logprob for each in told]), tuple([each.rank for each in told])
+            )
 
         return (
             answer,

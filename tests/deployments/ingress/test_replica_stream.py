@@ -175,8 +175,8 @@ async def test_everything_that_a_delta_tells_reaches_the_mailbox_of_its_generati
             1,
             [5],
             cached_tokens=1,
-            logprobs=[PositionLogprobs([5, 6], [-1.5, -float("inf")], [2, 1])],
-            prompt_logprobs=[None, PositionLogprobs([2], [-0.25], [1])],
+            logprobs=[PositionLogprobs((5, 6), (-1.5, -float("inf")), (2, 1))],
+            prompt_logprobs=[None, PositionLogprobs((2,), (-0.25,), (1,))],
         )
         refused = TokenDelta(1, [], "refused", message="Too long.", param="prompt")
         replica.tell(told)
