@@ -562,17 +562,19 @@ async def test_without_it_each_token_may_come_alone(vllm: httpx.AsyncClient, gre
 # --- what has no effect, and the client ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"user": "somebody"},
-        {"session_id": "s", "request_id": "r"},
-        {"vllm_xargs": {"nobody": "listens"}},
-        {"length_penalty": 1.0, "use_beam_search": False},
-        {"stream_interval": 9},
-    ],
-    ids="+".join,
-)
+WITHOUT_EFFECT: list[dict[str, Any]] = [
+    {"user": "somebody", "metadata": {"job": "nightly"}, "service_tier": "auto"},
+    {"session_id": "s", "request_id": "r", "cache_prompt": True},
+    {"vllm_xargs": {"nobody": "listens"}},
+    {"length_penalty": 1.0, "use_beam_search": False},
+    {"stream_interval": 9},
+    {"mirostat_tau": 5.0, "mirostat_eta": 0.1, "xtc_threshold": 0.1, "smoothing_curve": 1.0},
+    {"dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1},
+    {"dynatemp_low": 0.5, "dynatemp_high": 1.5, "dynatemp_exponent": 1.0},
+]
+
+
+@pytest.mark.parametrize("fields", WITHOUT_EFFECT, ids="+".join)
 async def test_what_has_no_effect(vllm: httpx.AsyncClient, greedy: dict[str, Any], fields: dict[str, Any]) -> None:
     choice = await choice_of(vllm, **{**GREEDY, "max_tokens": 4}, **fields, return_token_ids=True)
     assert choice["token_ids"] == greedy["token_ids"][:4]
