@@ -39,6 +39,8 @@ __all__ = [
 ]
 
 _MARK = "MILLSTREAM_CLUSTER_ID"
+_RAY_START_S = 180.0
+"""It takes some 5 s, more where the machine is busy, and never ends where its processes do not reach each other."""
 _TERMINATE_S = 10.0
 _HEADLESS_TERMINATE_S = 2.0
 """For processes that have lost Ray's head: what they would tell it in an orderly end reaches nobody."""
@@ -150,19 +152,28 @@ class RayNode:
         ]
         if node.proxy == "haproxy":
             write_haproxy_launcher(Path(node.folder) / "haproxy")
-        result = subprocess.run(
-            command,
-            env={**os.environ, **node.environment()},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for `up`, which then stops the node in order
-            check=False,
-        )
-        if result.returncode:
-            node.stop(home)
-            raise RayNodeError(f"`ray start` failed with status {result.returncode}:\n{result.stdout[-3000:]}")
+        with tempfile.TemporaryFile("w+") as output:  # a pipe would be kept open by what it starts
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **node.environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for `up`, which then stops the node in order
+            )
+            try:
+                status = process.wait(_RAY_START_S)
+                failed = f"failed with status {status}" if status else ""
+            except subprocess.TimeoutExpired:
+                failed = f"did not end within {_RAY_START_S:g} s"
+            if failed:
+                node.stop(home, keep_logs=True)
+                process.wait()
+                output.seek(0)
+                raise RayNodeError(
+                    f"`ray start` {failed}; its logs are in {node.folder}/session_latest/logs. It said:\n"
+                    f"{output.read()[-3000:]}"
+                )
         return node
 
     @classmethod

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,42 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+SHARED = ("simulated_cluster", "metered_cluster", "vllm_cluster", "vllm_reference")
+"""Fixtures that are servers, in the order in which they run. Each ends behind the last test that uses it: one that
+idles has gigabytes, and a tenth of a core."""
+_last_use: dict[str, pytest.Item] = {}
+_ends: dict[str, Callable[[], object]] = {}
+
+
+def _shared_by(item: pytest.Item) -> list[str]:
+    return [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what needs no server, and then server by server."""
+    items.sort(key=lambda item: max((1 + SHARED.index(name) for name in _shared_by(item)), default=0))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    _last_use.update({name: item for item in session.items for name in _shared_by(item)})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    for name in _shared_by(item):
+        if item is _last_use[name] and name in _ends:
+            _ends.pop(name)()
+
+
+@contextmanager
+def _ended_by(name: str, end: Callable[[], object]) -> Iterator[None]:
+    """`end` is called behind the last test that uses the fixture, or with the session where that was cut short."""
+    _ends[name] = end
+    yield
+    if name in _ends:
+        _ends.pop(name)()
 
 
 @dataclass(frozen=True)
@@ -164,8 +201,8 @@ def simulated_cluster(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Two simulated models with three replicas each."""
     home = new_home(smollm2, tmp_path_factory.mktemp("simulated"))
     cluster = start_cluster(home, ROOT / "loadtests" / "clusters" / "simulated.yaml", watched=True)
-    yield cluster
-    cluster.millstream("down")
+    with _ended_by("simulated_cluster", partial(cluster.millstream, "down")):
+        yield cluster
 
 
 @dataclass(frozen=True)
@@ -197,8 +234,8 @@ def metered_cluster(
         environment.setenv("MILLSTREAM_DATABASE", url)
         home = new_home(smollm2, tmp_path_factory.mktemp("metered"))
         cluster = start_cluster(home, ROOT / "tests" / "clusters" / "faults.yaml")
-    yield MeteredCluster(cluster, postgres, url)
-    cluster.millstream("down")
+    with _ended_by("metered_cluster", partial(cluster.millstream, "down")):
+        yield MeteredCluster(cluster, postgres, url)
 
 
 @pytest.fixture(scope="session")
@@ -206,12 +243,14 @@ def vllm_cluster(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """SmolLM2-135M on two real vLLM replicas."""
     home = new_home(smollm2, tmp_path_factory.mktemp("vllm"))
     cluster = start_cluster(home, ROOT / "tests" / "clusters" / "vllm.yaml", watched=True)
-    yield cluster
-    cluster.millstream("down")
+    with _ended_by("vllm_cluster", partial(cluster.millstream, "down")):
+        yield cluster
 
 
 @pytest.fixture(scope="session")
 def vllm_reference(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of vLLM's own server on the same weights."""
-    with vllm_server(smollm2, free_port(), tmp_path_factory.mktemp("reference") / "vllm.log") as url:
-        yield url
+    with ExitStack() as server:
+        url = server.enter_context(vllm_server(smollm2, free_port(), tmp_path_factory.mktemp("reference") / "vllm.log"))
+        with _ended_by("vllm_reference", server.close):
+            yield url

@@ -128,7 +128,7 @@ async def test_a_limit_holds_in_every_minute_is_used_up_and_tells_when_to_come_b
 
     async with metered_cluster.cluster.client() as client:
         await asyncio.gather(*(press_on(client) for _ in range(CLIENTS)))
-    assert refused > CLIENTS
+    assert refused >= CLIENTS
     rows = await settled_rows(metered_cluster, key["id"], admitted)
     assert len(rows) == admitted
     entries = sorted((row.admitted_at, row.reserved_tokens) for row in rows)

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from ray import _raylet
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
@@ -34,6 +35,22 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started(tmp_path: Path)
         with pytest.raises(RayNodeError, match=rf"cannot listen on 127.0.0.1:{port} .* with --port N"):
             RayNode.start(config, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("then", "told"), [("exit 3", "failed with status 3"), ("sleep 60", "did not end within 2 s")])
+def test_a_ray_start_that_fails_or_hangs_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str, told: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho no GCS here\nsleep 60 &\n{then}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("serve_app.ray_node.sys.executable", str(python))
+    monkeypatch.setattr("serve_app.ray_node._RAY_START_S", 2.0)
+    with pytest.raises(RayNodeError, match=rf"(?s)`ray start` {told}; its logs are in .*\nno GCS here"):
+        RayNode.start(CONFIG, tmp_path)
+    assert RayNode.running(tmp_path) is None
+    commands = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(python) in (command or [])]
 
 
 def test_haproxy_bounds_the_time_of_a_requests_headers_and_notices_a_lost_host(tmp_path: Path) -> None:
