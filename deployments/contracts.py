@@ -232,7 +232,8 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
     logprobs: list[PositionLogprobs] | None = None
     """One per token, where asked for."""
     prompt_logprobs: list[PositionLogprobs | None] | None = None
-    """One per prompt token, the first None; told with the generation's first delta, where asked for."""
+    """One per prompt token, the first None; told with the generation's first delta, where asked for, or in parts: in
+    deltas before that without tokens."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, array_like=True):

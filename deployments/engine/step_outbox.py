@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
+import msgspec
+
 from deployments.contracts import EngineLoad, EngineStep, TokenDelta
 
 __all__ = ["HEARTBEAT_S", "StepOutbox"]
 
 MESSAGE_LOGPROBS = 16_384
-"""Log probabilities in one message, at most, unless one delta alone has more: the receiver reads a message in one turn
-of its event loop, some 1 µs for each."""
+"""Log probabilities in one message, at most, unless the tokens of one delta have more: the receiver reads a message in
+one turn of its event loop, some 0.5 µs for each."""
 HEARTBEAT_S = 1.0
 """Longest silence on a healthy stream; coupled with SILENCE_LIMIT_S in deployments/ingress/replica_stream.py."""
 
@@ -82,7 +84,11 @@ class StepOutbox:
 
     def _take(self) -> EngineStep:
         deltas = list(self._deltas.values())
-        if self._logprobs:
+        if self._logprobs and deltas:
+            part, rest = _parted(deltas[0])
+            if rest is not None:
+                self._deltas[rest.generation] = rest
+                return self._step([part])
             deltas = deltas[: _fitting(deltas)]
         if len(deltas) == len(self._deltas):
             self._deltas.clear()
@@ -92,10 +98,25 @@ class StepOutbox:
                 del self._deltas[delta.generation]
         if not (self._closed or self._deltas):
             self._news.clear()
+        return self._step(deltas)
+
+    def _step(self, deltas: list[TokenDelta]) -> EngineStep:
         step = EngineStep(self._sequence, self._load(), deltas, self._heard, self._refused)
         self._refused = []
         self._sequence += 1
         return step
+
+
+def _parted(delta: TokenDelta) -> tuple[TokenDelta, TokenDelta | None]:
+    """What of it fits into one message, and what comes behind: of a long prompt the log probabilities are told in
+    parts without tokens."""
+    told, size = delta.prompt_logprobs or [], 0
+    for number, position in enumerate(told):
+        size += 0 if position is None else len(position.token_ids)
+        if size > MESSAGE_LOGPROBS and number:
+            rest = msgspec.structs.replace(delta, prompt_logprobs=told[number:])
+            return TokenDelta(delta.generation, [], prompt_logprobs=told[:number]), rest
+    return delta, None
 
 
 def _fitting(deltas: list[TokenDelta]) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from deployments.contracts import Account, Sampling, Sibling, Submission, TokenDelta
+from deployments.contracts import Account, PositionLogprobs, Sampling, Sibling, Submission, TokenDelta
 from deployments.ingress.errors import ApiError
 from deployments.ingress.write_rounds import WriteRounds
 
@@ -92,6 +92,8 @@ class Generation:
         """Replicas whose queues had no room for it."""
         self._mailbox = mailbox
         self._tokens_placed = 0
+        self._prompt_logprobs: list[PositionLogprobs | None] = []
+        """Parts of them, before the first delta with tokens."""
 
     @property
     def proven(self) -> bool:
@@ -143,6 +145,12 @@ class Generation:
             self.accepted_at = time.perf_counter()
 
     def deliver(self, delta: TokenDelta) -> None:
+        if delta.prompt_logprobs and not delta.token_ids and delta.finish_reason is None:
+            self._prompt_logprobs += delta.prompt_logprobs
+            return
+        if self._prompt_logprobs:
+            whole = self._prompt_logprobs + (delta.prompt_logprobs or [])
+            delta, self._prompt_logprobs = msgspec.structs.replace(delta, prompt_logprobs=whole), []
         if not self.tokens and not self.resumes:
             self.cached_tokens = delta.cached_tokens
         if delta.token_ids:
@@ -160,6 +168,7 @@ class Generation:
         """The replica is gone; the generation is about to be placed on another."""
         self.placement = None
         self.refused_by.clear()
+        self._prompt_logprobs = []
         self.resumes += 1
 
     def fail(self, error: ApiError) -> None:

@@ -273,3 +273,17 @@ async def test_log_probabilities_are_split_into_messages_that_are_read_in_one_tu
     assert [delta.generation for deltas in messages for delta in deltas] == list(range(1, 9))
     assert [len(deltas) for deltas in messages if deltas] == [1] * 8
     assert MESSAGE_LOGPROBS < 500 * 20 * 2
+
+
+async def test_of_a_long_prompt_they_come_in_parts_before_the_tokens() -> None:
+    outbox = StepOutbox(EngineLoad)
+    told = [None, *[PositionLogprobs((1, 2), (-0.5, -1.0), (1, 2))] * MESSAGE_LOGPROBS]
+    outbox.push(TokenDelta(1, [7], prompt_logprobs=told, cached_tokens=3))
+    outbox.push(TokenDelta(2, [8], "length"))
+    outbox.push(TokenDelta(1, [9], "length"))
+    outbox.close()
+    deltas = [delta for step in [step async for step in outbox.steps()] for delta in step.deltas]
+    assert [(delta.generation, delta.token_ids) for delta in deltas] == [(1, []), (1, [7, 9]), (2, [8])]
+    assert [position for delta in deltas[:2] for position in delta.prompt_logprobs or ()] == told
+    assert max(len(delta.prompt_logprobs or ()) for delta in deltas) <= MESSAGE_LOGPROBS // 2 + 1
+    assert (deltas[1].cached_tokens, deltas[1].finish_reason) == (3, "length")

@@ -187,6 +187,22 @@ async def test_everything_that_a_delta_tells_reaches_the_mailbox_of_its_generati
         assert (owner.lost, list(owner.stream.generations)) == ([], [])
 
 
+async def test_parts_of_a_prompt_are_told_as_a_whole_with_the_first_token_and_those_of_a_lost_replica_never() -> None:
+    mailbox = Mailbox(write_rounds())
+    parted = Generation(account("req"), "Meter", 0, [1, 2, 3], Sampling(max_tokens=2, prompt_logprobs=0), mailbox)
+    told = [None, PositionLogprobs((2,), (-0.25,), (1,)), PositionLogprobs((3,), (-0.5,), (2,))]
+    parted.deliver(TokenDelta(1, [], prompt_logprobs=told[:2]))
+    parted.lost()
+    for part in told[:2]:
+        parted.deliver(TokenDelta(1, [], prompt_logprobs=[part]))
+    parted.deliver(TokenDelta(1, [5], prompt_logprobs=told[2:]))
+    parted.deliver(TokenDelta(1, [6], "length"))
+    assert await mailbox.take() == [
+        News(0, TokenDelta(1, [5], prompt_logprobs=told)),
+        News(0, TokenDelta(1, [6], "length")),
+    ]
+
+
 @in_virtual_time
 async def test_messages_of_an_old_connection_are_ignored() -> None:
     replica = ScriptedReplica()
