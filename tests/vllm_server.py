@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ __all__ = ["vllm_server"]
 
 
 @contextmanager
-def vllm_server(model: Path, port: int, log: Path, limit_s: float = 240.0) -> Iterator[str]:
+def vllm_server(model: Path, port: int, log: Path, limit_s: float = 480.0) -> Iterator[str]:
     """Its base URL; with the engine settings of tests/clusters/vllm.yaml."""
     command, environment = vllm_server_start(model, port)
     command = [
@@ -26,7 +27,13 @@ def vllm_server(model: Path, port: int, log: Path, limit_s: float = 240.0) -> It
         '{"backend": "guidance"}',
     ]  # as deployments/engine/vllm_engine.py
     with log.open("w") as output:
-        server = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # with the engine, which outlives a server that is killed
+        )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_up(server, url, log, limit_s)
@@ -36,7 +43,8 @@ def vllm_server(model: Path, port: int, log: Path, limit_s: float = 240.0) -> It
             try:
                 server.wait(60)
             finally:
-                server.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
 
 
