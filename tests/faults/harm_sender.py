@@ -1,4 +1,5 @@
-"""Sends harmful requests, in a process of its own: to draw and write megabytes must not hold up who measures.
+"""Sends harmful requests, in a process of its own: to draw and write megabytes must not hold up who measures, nor the
+cluster, whose processes Ray runs at a niceness of 15.
 
 Its orders come as one line of JSON, and it goes on until its standard input is closed. Each request is told twice, as a
 line of JSON: when it begins, and with its outcome.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from contextlib import suppress
@@ -121,6 +123,7 @@ def _tell(what: dict[str, Any] | Ended) -> None:
 
 
 async def _main() -> None:
+    os.nice(19)
     orders = msgspec.convert(json.loads(sys.stdin.readline()), Orders)
     stopped = asyncio.Event()
     waiting = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
