@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import psutil
@@ -86,7 +86,7 @@ def up(
             api.wait_until_up(_API_LIMIT_S)
             described = serve_config(config, home, folders)
             described["http_options"]["host"] = node.serve_host
-            api.apply(described)
+            _apply(api, node, described)
             _await_running(api, node, config, stopping, timeout)
             _await_ready(node, stopping, time.monotonic() + _API_LIMIT_S)
             if not stopping.is_set():
@@ -157,6 +157,15 @@ def _check_unchanged(node: RayNode, config: ClusterConfig) -> None:
             f"the running cluster listens on {node.http_host}:{node.http_port} with proxy {node.proxy}, which "
             "cannot change while it runs: `millstream down` first"
         )
+
+
+def _apply(api: ServeApi, node: RayNode, described: dict[str, Any]) -> None:
+    """Raises ServeApiError, or StartError where HAProxy is why: Serve starts it first, and would tell at length."""
+    try:
+        api.apply(described)
+    except ServeApiError:
+        _check_proxy(node)
+        raise
 
 
 def _await_running(

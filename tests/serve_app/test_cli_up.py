@@ -39,7 +39,11 @@ class SlowServe:
 
     def wait_until_up(self, _limit_s: float) -> None: ...
 
-    def apply(self, _config: dict[str, Any]) -> None: ...
+    refuses = False
+
+    def apply(self, _config: dict[str, Any]) -> None:
+        if self.refuses:
+            raise ServeApiError("Ray Serve refused: a traceback")
 
     def applications(self) -> list[Application]:
         if self.failures:
@@ -110,8 +114,18 @@ def test_an_api_that_has_ended_is_told(tmp_path: Path, node: RayNode, monkeypatc
     assert "The cluster did not start: Ray Serve's REST API does not answer" in result.stderr
 
 
-def test_a_proxy_that_was_refused_is_told_at_once(tmp_path: Path, node: RayNode) -> None:
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_proxy_that_was_refused_is_told_at_once(
+    tmp_path: Path, node: RayNode, monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    monkeypatch.setattr(SlowServe, "refuses", refuses)
     (Path(node.folder) / "node" / "haproxy.cfg.refused").write_text("HAProxy was not started: because")
     result = up(tmp_path)
     assert result.exit_code == 1
     assert "The cluster did not start: HAProxy was not started: because\n" in result.stderr
+    assert "traceback" not in result.stderr
+
+
+def test_what_serve_refuses_is_told(tmp_path: Path, node: RayNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlowServe, "refuses", True)
+    assert "The cluster did not start: Ray Serve refused: a traceback\n" in up(tmp_path).stderr
