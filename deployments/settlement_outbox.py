@@ -27,6 +27,7 @@ import structlog
 
 from deployments.contracts import Settlement, pack, unpack
 from deployments.record_file import framed, read_records
+from deployments.record_rewrite import RecordRewrite
 
 __all__ = ["OUTBOX_SIZE", "SettlementOutbox"]
 
@@ -40,6 +41,7 @@ _ADOPT_S = 5.0
 _ADOPT_AT_ONCE = 200
 _COMPACT_BYTES = 4 * 2**20
 _SUFFIX = ".outbox"
+_DRAFT = ".draft"
 
 
 class _Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -80,6 +82,7 @@ class SettlementOutbox:
         self._emptied = asyncio.Event()
         self._bytes = 0
         self._compact_at_bytes = _COMPACT_BYTES
+        self._rewrite: RecordRewrite | None = None
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._file = self._open_own()
 
@@ -135,6 +138,7 @@ class SettlementOutbox:
         if self._senders:
             await asyncio.wait(self._senders.values())
         self._senders.clear()
+        self._abandon_rewrite()
         if self._file >= 0:
             if not (len(self) or self._notes):
                 self._path.unlink(missing_ok=True)
@@ -191,6 +195,8 @@ class SettlementOutbox:
 
     def _append(self, record: bytes) -> None:
         data = framed([record])
+        if self._rewrite is not None:
+            self._rewrite.append(data)
         written = os.write(self._file, data)
         if written < len(data):  # a full disk: without its end nothing behind it could be read
             os.ftruncate(self._file, self._bytes)
@@ -202,27 +208,41 @@ class SettlementOutbox:
             self._shorten()
         except OSError as error:
             log.error("outbox not shortened", file=self._path.name, reason=repr(error))
+            self._abandon_rewrite()
+            self._compact_at_bytes = 2 * self._bytes + _COMPACT_BYTES
 
     def _shorten(self) -> None:
         if not (len(self) or self._notes):
+            self._abandon_rewrite()
             os.ftruncate(self._file, 0)
             self._bytes = 0
+        elif self._rewrite is not None:
+            if self._rewrite.is_ready():
+                self._put_in_place(self._rewrite)
         elif self._bytes > self._compact_at_bytes:
             self._compact()
-            self._compact_at_bytes = 2 * self._bytes + _COMPACT_BYTES
 
     def _compact(self) -> None:
-        """Only what waits and is noted, in a new file that takes the place of the old one."""
-        draft, old = self._path.with_suffix(".draft"), self._file
-        waiting = [(meter, each.settlement) for meter, some in self._waiting.items() for each in some.values()]
-        records = [pack(_Entry(meter, settlement)) for meter, settlement in chain(waiting, self._notes.values())]
-        draft.write_bytes(framed(records))
-        new = os.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-        fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.rename(draft, self._path)
-        self._file = new
+        """Only what waits and is noted, in a new file that takes the place of the old one once a thread has made it."""
+        waiting = [(meter, list(some.values())) for meter, some in self._waiting.items()]
+        notes = list(self._notes.values())
+        entries = chain(((meter, each.settlement) for meter, some in waiting for each in some), notes)
+        self._rewrite = RecordRewrite(
+            self._path.with_suffix(_DRAFT), (pack(_Entry(meter, settlement)) for meter, settlement in entries)
+        )
+
+    def _put_in_place(self, rewrite: RecordRewrite) -> None:
+        new = rewrite.finish()
+        os.rename(self._path.with_suffix(_DRAFT), self._path)
+        old, self._file, self._rewrite = self._file, new, None
         os.close(old)
         self._bytes = os.fstat(new).st_size
+        self._compact_at_bytes = 2 * self._bytes + _COMPACT_BYTES
+
+    def _abandon_rewrite(self) -> None:
+        if self._rewrite is not None:
+            self._rewrite.abandon()
+            self._rewrite = None
 
     # --- adoption ---------------------------------------------------------------------------------------------------
 
@@ -269,6 +289,7 @@ class SettlementOutbox:
                 if number % _ADOPT_AT_ONCE == 0:
                     await asyncio.sleep(0)  # streams go on
             os.unlink(path)
+            path.with_suffix(_DRAFT).unlink(missing_ok=True)
         finally:
             os.close(file)
 

@@ -291,8 +291,8 @@ class MeterConfig(_Section):
     database: str = Field(default_factory=lambda: _ledger_url(millstream_home(os.environ)))
     """SQLAlchemy URL of keys and ledger: an SQLite file named by its absolute path, since the meter does not run in the
     folder of cluster.yaml, or `postgresql://user:password@host/name`. Or `env://NAME`: the meter's process finds such a
-    URL in its environment variable NAME, so that a password is nowhere but there; Kubernetes sets it from a Secret.
-    Default: sqlite:///${MILLSTREAM_HOME}/ledger.db.
+    URL in its environment variable NAME, so that a password is nowhere but there; Kubernetes sets it from a Secret, and
+    has a file of SQLite in MILLSTREAM_HOME on the meter's volume. Default: sqlite:///${MILLSTREAM_HOME}/ledger.db.
     """
     replicas: int = Field(default=1, ge=1, le=64)
     """Meters, 1 to 64, among which teams and keys are divided; more than one needs PostgreSQL. Stop the cluster to
@@ -514,14 +514,15 @@ class KubernetesStorage(_Section):
     """Weights and tokenizers, read by all pods and written by those of engines: of a class that mounts read-write on
     many nodes (ReadWriteMany)."""
     meter: Volume = Volume(size="10Gi")
-    """The meter's journal and its spool of settlements, mounted by one pod (ReadWriteOnce)."""
+    """The meter's journal and its spool of settlements, and keys and ledger where `meter.database` is a file of SQLite;
+    mounted by one pod (ReadWriteOnce)."""
 
 
 class KubernetesSecrets(_Section):
     """Names of Secrets, which must exist; null stands for the name of the cluster, a dash, and what is said here."""
 
     database: Annotated[str, AfterValidator(_object_name)] | None = None
-    """`database`: key `url`, the PostgreSQL URL of keys and ledger."""
+    """`database`: key `url`, the PostgreSQL URL of keys and ledger; needed with `meter.database: env://NAME` only."""
     admin_key: Annotated[str, AfterValidator(_object_name)] | None = None
     """`admin-key`: key `key`, the key that may make others."""
     ray_token: Annotated[str, AfterValidator(_object_name)] | None = None

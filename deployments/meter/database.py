@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-__all__ = ["is_race", "is_unstorable", "multiple_below", "open_database", "reason", "upsert", "writing"]
+__all__ = [
+    "in_transaction",
+    "is_race",
+    "is_unstorable",
+    "multiple_below",
+    "open_database",
+    "reason",
+    "upsert",
+    "writing",
+]
+
+T = TypeVar("T")
 
 _POSTGRESQL_CONNECTION: Final = {
     # A host that drops packets must not hold the writer for the minutes that TCP would take.
@@ -24,6 +35,7 @@ _POSTGRESQL_CONNECTION: Final = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
 }
+_MAX_COLLISIONS: Final = 5
 _VARIABLE: Final = "env://"
 _SQLITE_BUSY_S: Final = 5
 _POSTGRESQL_OPTIONS: Final = "-c statement_timeout=5000 -c lock_timeout=5000"
@@ -100,6 +112,20 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
         if engine.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield connection
+
+
+def in_transaction(engine: sa.Engine, write: Callable[[sa.Connection], T]) -> T:
+    """What `write` returns, once it is committed. Where its transaction collides with another's it is tried again, and
+    can see then what that has written."""
+    collisions = 0
+    while True:
+        try:
+            with writing(engine) as connection:
+                return write(connection)
+        except sa.exc.DBAPIError as error:
+            collisions += 1
+            if collisions == _MAX_COLLISIONS or not is_race(error):
+                raise
 
 
 @cache

@@ -10,24 +10,23 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 import sqlalchemy as sa
 
 from deployments.contracts import WITNESS_RANKS, Settlement
-from deployments.meter.database import is_race, upsert, writing
+from deployments.meter.database import in_transaction, upsert
 from deployments.meter.schema import REQUESTS, USAGE_HOURS
 
-__all__ = ["Change", "known_ids", "write_settlements"]
+__all__ = ["Change", "delete_rows", "known_ids", "write_settlements"]
 
 Row: TypeAlias = dict[str, Any]
 """By the names of the columns of REQUESTS."""
 
 _SUMS: Final = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
 _IDS_PER_QUERY: Final = 500
-_MAX_RACES: Final = 5
 
 
 class Change(NamedTuple):
@@ -66,16 +65,14 @@ def write_settlements(engine: sa.Engine, settlements: Collection[Settlement]) ->
     Raises what the database raises, and OverflowError or ValueError for numbers and texts that no row can hold; then
     nothing is written.
     """
-    races = 0
-    while True:
-        try:
-            with writing(engine) as connection:
-                return _changes(_write(connection, settlements))
-        except sa.exc.DBAPIError as error:
-            # Another meter wrote a row of the same request first: now it can be seen.
-            races += 1
-            if races == _MAX_RACES or not is_race(error):
-                raise
+    return _changes(in_transaction(engine, lambda connection: _write(connection, settlements)))
+
+
+def delete_rows(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Takes them out of the ledger and of its sums. `rows` have what the sums are made of, and are locked."""
+    for some in _portions([row["id"] for row in rows]):
+        connection.execute(_DELETE, {"ids": some})
+    _write_sums(connection, _differences(before=rows, after=()))
 
 
 def known_ids(connection: sa.Connection, ids: Collection[str]) -> set[str]:
@@ -191,6 +188,7 @@ _KNOWN: Final = sa.select(REQUESTS.c.id).where(_IS_ONE_OF)
 _STORED: Final = sa.select(REQUESTS).where(_IS_ONE_OF).with_for_update()
 _INSERT: Final = sa.insert(REQUESTS)
 _UPDATE: Final = sa.update(REQUESTS).where(REQUESTS.c.id == sa.bindparam("row_id"))
+_DELETE: Final = sa.delete(REQUESTS).where(_IS_ONE_OF)
 _DELETE_EMPTY: Final = sa.delete(USAGE_HOURS).where(
     *(USAGE_HOURS.c[name] == sa.bindparam(f"of_{name}") for name in _Group._fields), USAGE_HOURS.c.requests == 0
 )
@@ -209,7 +207,7 @@ def _portions(ids: Collection[str]) -> Iterator[list[str]]:
         yield ordered[begin : begin + _IDS_PER_QUERY]
 
 
-def _differences(*, before: list[Row], after: list[Row]) -> _Differences:
+def _differences(*, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> _Differences:
     differences: _Differences = defaultdict(lambda: [0, 0, 0, 0, 0.0])
     for rows, sign in ((before, -1), (after, 1)):
         for row in rows:

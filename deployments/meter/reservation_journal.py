@@ -5,7 +5,8 @@ The file outlives the process, not a power cut: it is not synced, because nothin
 After a power cut limits of a minute begin anew, and requests that were under way are known by their settlements only.
 
 Two files take turns, so that nothing is ever rewritten but what is open: when one is full, and the one before is older
-than a minute, a new one begins with the open reservations and the one before is dropped.
+than a minute, a new one begins with the open reservations and the one before is dropped. The new one is made beside the
+one in use (deployments/record_rewrite.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import structlog
 
 from deployments.contracts import Account, pack
 from deployments.record_file import framed, read_records
+from deployments.record_rewrite import RecordRewrite
 
 __all__ = ["JournaledReservation", "ReservationJournal"]
 
@@ -28,6 +30,7 @@ log = structlog.get_logger()
 
 _MINUTE_S: Final = 60.0
 _SUFFIX: Final = ".journal"
+_DRAFT: Final = ".draft"
 
 
 class _Reserved(msgspec.Struct, frozen=True, array_like=True, tag="reserved"):
@@ -62,6 +65,7 @@ class ReservationJournal:
         self._full_bytes = full_bytes
         self._buffer: list[bytes] = []
         self._rotated_at = 0.0
+        self._rotation: RecordRewrite | None = None
         self._broken = False
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._file = _open_locked(self._path)
@@ -89,44 +93,48 @@ class ReservationJournal:
         self._buffer.append(pack(_Closed(request_id, tokens, admitted)))
 
     def flush(self) -> None:
-        """Writes what was appended. A disk that fails is logged, and makes limits inexact after the next restart only;
-        so it fails nothing else."""
-        if not self._buffer or self._file < 0:
+        """Writes what was appended, and ends a rotation that is ready. A disk that fails is logged, and makes limits
+        inexact after the next restart only; so it fails nothing else."""
+        if self._file < 0:
             return
-        records, self._buffer = self._buffer, []
-        try:
-            self._write(records)
-        except OSError as error:
-            if not self._broken:
-                log.error("reservations not journaled", file=self._path.name, reason=error.strerror)
-            self._broken = True
-        else:
-            self._broken = False
+        if self._buffer:
+            records, self._buffer = self._buffer, []
+            try:
+                self._write(records)
+            except OSError as error:
+                if not self._broken:
+                    log.error("reservations not journaled", file=self._path.name, reason=error.strerror)
+                self._broken = True
+            else:
+                self._broken = False
+        if self._rotation is not None:
+            try:
+                if self._rotation.is_ready():
+                    self._put_in_place(self._rotation)
+                    self._rotation = None
+            except OSError as error:
+                log.error("journal not rotated", file=self._path.name, reason=error.strerror)
+                self._abandon_rotation()
 
     def is_full(self, now: float) -> bool:
         """Whether it is time to `rotate`."""
-        return self._bytes > self._full_bytes and self._rotated_at + _MINUTE_S <= now
+        return self._rotation is None and self._bytes > self._full_bytes and self._rotated_at + _MINUTE_S <= now
 
     def rotate(self, now: float, still_open: Iterable[tuple[Account, str]]) -> None:
-        """Begin a new file with the reservations that are open."""
-        draft = self._path.with_suffix(".draft")
+        """Begin a new file with the reservations that are open. A thread goes through `still_open`, which must not
+        change; the file takes its place in a later `flush`, and has what is appended until then."""
+        self._rotated_at = now
         try:
-            draft.unlink(missing_ok=True)
-            file = _open_locked(draft)
-            old, self._file, self._bytes = self._file, file, 0
-            try:
-                self._write([pack(_Reserved(account, ingress_id)) for account, ingress_id in still_open])
-                self._path.rename(_previous(self._path))
-                draft.rename(self._path)
-            finally:
-                os.close(old)
+            self._rotation = RecordRewrite(
+                self._path.with_suffix(_DRAFT), (pack(_Reserved(account, ingress)) for account, ingress in still_open)
+            )
         except OSError as error:
             log.error("journal not rotated", file=self._path.name, reason=error.strerror)
-        self._rotated_at = now
 
     def close(self) -> None:
         """What is open stays for a successor. Safe twice."""
         self.flush()
+        self._abandon_rotation()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -135,11 +143,32 @@ class ReservationJournal:
 
     def _write(self, records: list[bytes]) -> None:
         data = framed(records)
+        if self._rotation is not None:
+            self._rotation.append(data)
         written = os.write(self._file, data)
         if written < len(data):  # a full disk: without its end nothing behind it could be read
             os.ftruncate(self._file, self._bytes)
             raise OSError(None, f"only {written} of {len(data)} bytes could be written")
         self._bytes += written
+
+    def _put_in_place(self, rotation: RecordRewrite) -> None:
+        """Whoever finds no file between the two renames finds all in the one before. Raises OSError, and then goes on
+        with the file in use."""
+        new = rotation.finish()
+        new_bytes = os.fstat(new).st_size
+        self._path.rename(_previous(self._path))
+        try:
+            self._path.with_suffix(_DRAFT).rename(self._path)
+        except OSError:
+            _previous(self._path).rename(self._path)
+            raise
+        old, self._file, self._bytes = self._file, new, new_bytes
+        os.close(old)
+
+    def _abandon_rotation(self) -> None:
+        if self._rotation is not None:
+            self._rotation.abandon()
+            self._rotation = None
 
     def _adopt(self, now: float) -> list[JournaledReservation]:
         adopted = []
@@ -162,6 +191,7 @@ class ReservationJournal:
                 self.flush()
                 path.unlink()
                 _previous(path).unlink(missing_ok=True)
+                path.with_suffix(_DRAFT).unlink(missing_ok=True)
             finally:
                 os.close(file)
             log.info("reservations adopted", file=path.name, count=len(left))

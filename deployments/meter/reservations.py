@@ -193,7 +193,8 @@ class Reservations:
         """Journal what was changed, before anybody is told of it."""
         self._journal.flush()
         if self._journal.is_full(now):
-            self._journal.rotate(now, ((each.account, each.ingress_id) for each in self._open.values()))
+            still_open = list(self._open.values())
+            self._journal.rotate(now, ((each.account, each.ingress_id) for each in still_open))
 
 
 def demand_of(account: Account) -> Demand:

@@ -24,8 +24,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (up, status, check, down, usage, plan, calibrate):
+for command in (up, status, check, down, plan, calibrate):
     app.command()(command)
 app.add_typer(keys, name="keys")
 app.add_typer(teams, name="teams")
+app.add_typer(usage, name="usage")
 app.add_typer(render, name="render")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import psutil
@@ -21,6 +21,7 @@ from deployments.meter.errors import AdminKeyError
 from deployments.meter.keys import ensure_admin_key
 from serve_app.cli.database import told_in_a_line
 from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
+from serve_app.haproxy_configuration import refusals
 from serve_app.model_source import ModelSourceError, prepare_model
 from serve_app.ray_node import RayNode, RayNodeError, processes_of, write_secret
 from serve_app.running_cluster import check_not_in_a_pod
@@ -85,8 +86,8 @@ def up(
             api.wait_until_up(_API_LIMIT_S)
             described = serve_config(config, home, folders)
             described["http_options"]["host"] = node.serve_host
-            api.apply(described)
-            _await_running(api, config, stopping, time.monotonic() + timeout)
+            _apply(api, node, described)
+            _await_running(api, node, config, stopping, timeout)
             _await_ready(node, stopping, time.monotonic() + _API_LIMIT_S)
             if not stopping.is_set():
                 heads = node.head_processes()
@@ -158,19 +159,36 @@ def _check_unchanged(node: RayNode, config: ClusterConfig) -> None:
         )
 
 
-def _await_running(api: ServeApi, config: ClusterConfig, stopping: threading.Event, deadline: float) -> None:
-    """Until every application runs. Raises StartError with Serve's reason for the first that failed."""
-    begun = said = time.monotonic()
+def _apply(api: ServeApi, node: RayNode, described: dict[str, Any]) -> None:
+    """Raises ServeApiError, or StartError where HAProxy is why: Serve starts it first, and would tell at length."""
+    try:
+        api.apply(described)
+    except ServeApiError:
+        _check_proxy(node)
+        raise
+
+
+def _await_running(
+    api: ServeApi, node: RayNode, config: ClusterConfig, stopping: threading.Event, limit_s: float
+) -> None:
+    """Until every application runs. Raises StartError with the reason of the first that failed, HAProxy's too."""
+    begun = said = answered = time.monotonic()
     last = ""
+    applications: list[Application] = []
     while not stopping.wait(_POLL_S):
-        applications = api.applications()
+        _check_proxy(node)
+        try:
+            applications = api.applications()
+            progress = _progress(api, applications)
+        except ServeApiError as error:  # on a busy machine it may be late, and says nothing of the replicas then
+            if time.monotonic() > answered + _API_LIMIT_S:
+                raise
+            progress = f"unknown: {error}"
+        else:
+            answered = time.monotonic()
         for application in applications:
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise StartError(_reason(application))
-        progress = ", ".join(_progress(application) for application in applications)
-        if any(application.status == "DEPLOYING" for application in applications):
-            resources = api.resources(applications)
-            progress = "\n  ".join([progress, *(why for each in applications for why in unplaced(each, resources))])
         now = time.monotonic()
         if progress and (progress != last or now - said > _SILENCE_S):
             _say(f"[{now - begun:3.0f} s] replicas up: {progress}")
@@ -179,12 +197,27 @@ def _await_running(api: ServeApi, config: ClusterConfig, stopping: threading.Eve
             application.status == "RUNNING" for application in applications
         ):
             return
-        if now > deadline:
+        if now > begun + limit_s:
             waiting = "\n".join(_reason(a) for a in applications if a.status != "RUNNING")
-            raise StartError(f"not up in time\n{waiting}")
+            raise StartError(f"not up within {limit_s:g} s, which --timeout SECONDS raises\n{progress}\n{waiting}")
 
 
-def _progress(application: Application) -> str:
+def _check_proxy(node: RayNode) -> None:
+    """Raises StartError when HAProxy was not started because of its configuration."""
+    if refused := refusals(Path(node.folder)):
+        raise StartError(refused[0])
+
+
+def _progress(api: ServeApi, applications: list[Application]) -> str:
+    """How many replicas of each application are up, and why others are not placed."""
+    progress = ", ".join(_replicas_up(application) for application in applications)
+    if any(application.status == "DEPLOYING" for application in applications):
+        resources = api.resources(applications)
+        progress = "\n  ".join([progress, *(why for each in applications for why in unplaced(each, resources))])
+    return progress
+
+
+def _replicas_up(application: Application) -> str:
     from serve_app.applications import ROOT
 
     parts = [
@@ -205,6 +238,7 @@ def _await_ready(node: RayNode, stopping: threading.Event, deadline: float) -> N
     answer = "no answer"
     with httpx.Client(timeout=5.0, trust_env=False) as client:
         while not stopping.wait(0.1):
+            _check_proxy(node)
             try:
                 response = client.get(url)
                 answer = response.text

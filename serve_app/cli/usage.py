@@ -1,4 +1,4 @@
-"""`millstream usage`: what was used, by whom and when, from the ledger."""
+"""`millstream usage …`: what was used, by whom and when, from the ledger; and what of it is not kept any more."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import typer
 from deployments.contracts import UsageQuery
 from deployments.ingress.cards import BUCKETS_S, Grouping, parse_grouping, usage_card
 from deployments.moments import parse_moment
-from serve_app.cli.database import ConfigFile, InputError, opened_database
+from serve_app.cli.database import ConfigFile, InputError, opened_database, told_in_a_line
 from serve_app.cli.keys import find_key
+from serve_app.cli.prune import prune
 from serve_app.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -29,7 +30,13 @@ _SUMS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "tot
 _HEAD = ("REQUESTS", "PROMPT", "CACHED", "COMPLETION", "TOKENS", "COST")
 
 
-def usage(
+usage = typer.Typer(invoke_without_command=True)
+usage.command()(prune)
+
+
+@usage.callback()
+def report(
+    context: typer.Context,
     by: Annotated[
         str, typer.Option(metavar="WHAT", help="Any of model, key, team, day, hour, status, dialect, with commas.")
     ] = "model",
@@ -45,6 +52,9 @@ def usage(
     config: ConfigFile = None,
 ) -> None:
     """Show requests, tokens and cost from the ledger, in whole hours of UTC by when requests arrived."""
+    if context.invoked_subcommand is not None:
+        _check_no_options(context)
+        return
     with opened_database(config) as engine:
         from deployments.meter.key_store import KeyStore
         from deployments.meter.usage import read_usage
@@ -82,6 +92,16 @@ def usage(
         _print_csv(cards, grouping)
     else:
         _print_table(cards, grouping, names)
+
+
+def _check_no_options(context: typer.Context) -> None:
+    """Those of the report mean nothing to another command, whose own have the same names."""
+    with told_in_a_line():
+        for parameter in context.command.params:
+            source = context.get_parameter_source(parameter.name or "")
+            if source is not None and source.name == "COMMANDLINE":
+                command = context.invoked_subcommand
+                raise InputError(f"{parameter.opts[0]}: before `{command}` it is of the report, expected behind it")
 
 
 def _moment(option: str, text: str, now_at: float) -> float:

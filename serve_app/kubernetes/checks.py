@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from serve_app.config import ClusterConfig, ModelConfig, Problem
+from serve_app.config import ClusterConfig, ModelConfig, Problem, millstream_home
 from serve_app.kubernetes.groups import engine_group_name, worker_groups
 from serve_app.kubernetes.pods import HOME, PORTS, secret_name
 from serve_app.model_source import source_kind
@@ -44,12 +45,20 @@ def _problems(config: ClusterConfig) -> Iterator[tuple[str, str, str]]:
             str(port),
             f"a port from 1024 on that Ray does not use: {_listing(sorted(taken))}, {_listing(ranges)}",
         )
-    if not config.meter.database.startswith("env://"):
+    secret = secret_name(config, "database")
+    scheme, _, rest = config.meter.database.partition("://")
+    if scheme == "sqlite" and Path(rest.removeprefix("/")).parent != millstream_home(os.environ):
         yield (
             "meter.database",
-            config.meter.database.split(":")[0] + "://…",
-            "env:// and a name such as env://MILLSTREAM_DATABASE: on Kubernetes the URL, of a PostgreSQL database that "
-            f"outlives pods, comes from the Secret {secret_name(config, 'database')}",
+            config.meter.database,
+            "sqlite:///${MILLSTREAM_HOME}/ledger.db, which is a file on the meter's volume, or "
+            f"env://MILLSTREAM_DATABASE, a PostgreSQL database whose URL is in the Secret {secret}",
+        )
+    elif scheme not in ("sqlite", "env"):
+        yield (
+            "meter.database",
+            f"{scheme}://…",
+            f"env://MILLSTREAM_DATABASE, and this URL in the Secret {secret}: a manifest is no place for its password",
         )
     if kubernetes.gateway_cpus < 2 * config.ingress.resources.cpus:
         yield (

@@ -23,6 +23,7 @@ __all__ = [
     "INSTANCE_LABEL",
     "PORTS",
     "head_template",
+    "pod_database",
     "secret_name",
     "secret_reference",
     "worker_template",
@@ -30,6 +31,8 @@ __all__ = [
 
 HOME: Final = Path("/var/lib/millstream")
 """MILLSTREAM_HOME in all pods."""
+_METER_FOLDER: Final = HOME / "meter"
+"""Where the meter's volume is mounted."""
 GROUP_LABEL: Final = "millstream-group"
 """Label of pods and of Ray's nodes, by which Ray places replicas, Services and policies choose pods."""
 INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
@@ -77,6 +80,14 @@ def secret_reference(config: ClusterConfig, kind: str, key: str, *, optional: bo
     return {"secretKeyRef": reference | ({"optional": True} if optional else {})}
 
 
+def pod_database(config: ClusterConfig) -> str:
+    """`meter.database` as the meter's pod has it: a file of SQLite stands on the meter's volume, under its own name."""
+    database = config.meter.database
+    if not database.startswith("sqlite:"):
+        return database
+    return f"sqlite:///{_METER_FOLDER}/{database.rpartition('/')[2]}"
+
+
 def head_template(config: ClusterConfig, *, autoscaled: bool) -> dict[str, Any]:
     """Ray's head: it runs no replica. `autoscaled` gives KubeRay's autoscaler beside it the account of its own."""
     agent = {"httpGet": {"path": "/api/healthz", "port": "agent"}}
@@ -112,7 +123,7 @@ def worker_template(config: ClusterConfig, group: WorkerGroup) -> dict[str, Any]
         "volumeMounts": [
             {"name": "home", "mountPath": str(HOME)},
             {"name": "models", "mountPath": f"{HOME}/models", **({} if group.kind == "engine" else {"readOnly": True})},
-            *([{"name": "meter", "mountPath": f"{HOME}/meter"}] if group.kind == "meter" else []),
+            *([{"name": "meter", "mountPath": str(_METER_FOLDER)}] if group.kind == "meter" else []),
         ],
         "securityContext": CONTAINER_SECURITY,
         **_probes(
@@ -193,13 +204,16 @@ def _environment(config: ClusterConfig) -> list[dict[str, Any]]:
 def _own_environment(config: ClusterConfig, group: WorkerGroup) -> list[dict[str, Any]]:
     """What pods of one kind have besides: secrets go where they are needed and nowhere else."""
     if group.kind == "meter":
+        database = pod_database(config)
+        variable = database.removeprefix("env://")
         return [
-            {
-                "name": config.meter.database.removeprefix("env://"),
-                "valueFrom": secret_reference(config, "database", "url"),
-            },
+            *(
+                [{"name": variable, "valueFrom": secret_reference(config, "database", "url")}]
+                if variable != database
+                else []
+            ),
             {"name": "MILLSTREAM_ADMIN_KEY", "valueFrom": secret_reference(config, "admin_key", "key")},
-            {"name": POD_DATABASE, "value": config.meter.database},  # what `millstream` needs in this pod
+            {"name": POD_DATABASE, "value": database},  # what `millstream` needs in this pod
             {"name": POD_HTTP_PORT, "value": str(config.cluster.http.port)},
         ]
     if group.kind == "engine":

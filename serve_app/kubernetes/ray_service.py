@@ -22,6 +22,7 @@ from serve_app.kubernetes.pods import (
     HOME,
     INSTANCE_LABEL,
     head_template,
+    pod_database,
     secret_name,
     secret_reference,
     worker_template,
@@ -85,7 +86,8 @@ def ray_service(config: ClusterConfig) -> dict[str, Any]:
 def placed_serve_config(config: ClusterConfig) -> dict[str, Any]:
     """Serve's configuration with each replica bound to its group."""
     folders = {model.name: model_folder(model.source, HOME) for model in config.models}
-    described = serve_config(config, HOME, folders)
+    meter = config.meter.model_copy(update={"database": pod_database(config)})
+    described = serve_config(config.model_copy(update={"meter": meter}), HOME, folders)
     described["http_options"]["host"] = "0.0.0.0"
     gateway, *models = described["applications"]
     for deployment in gateway["deployments"]:

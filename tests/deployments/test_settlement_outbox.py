@@ -18,6 +18,8 @@ from deployments.record_file import framed
 from deployments.settlement_outbox import SettlementOutbox
 from tests.deployments.accounts import account, settlement
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
+from tests.deployments.rewrites import written
+from tests.loop_turns import LoopTurns, assert_short, loop_turns
 
 
 class Meters:
@@ -133,6 +135,7 @@ async def test_the_file_stays_small_while_a_meter_is_away(tmp_path: Path, monkey
     for number in range(1000):
         outbox.put("Meter", settlement(f"r{number}"))
         await quiet()
+        written(outbox._rewrite)
         largest = max(largest, outbox._path.stat().st_size)
     assert 4096 < largest < 3 * 4096
     abandon(outbox)
@@ -243,11 +246,60 @@ async def test_notes_stay_when_the_file_is_made_anew(tmp_path: Path, monkeypatch
     for number in range(200):
         outbox.put("Meter", settlement(f"r{number}"))
         await quiet()
+        written(outbox._rewrite)
     assert files(tmp_path)["mine.outbox"] < 3 * 4096
     abandon(outbox)
     meters.taken.clear()
     await inherit(tmp_path, meters)
     assert ("Meter", "noted") in meters.taken
+
+
+@in_virtual_time
+async def test_what_is_put_while_the_file_is_made_anew_stands_in_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settlement_outbox, "_COMPACT_BYTES", 0)
+    meters = Meters()
+    meters.away.add("Meter")
+    outbox = SettlementOutbox(tmp_path, "mine", meters.send)
+    outbox.put("Meter", settlement("before"))
+    outbox.note("Meter", settlement("noted"))
+    outbox._compact_at_bytes = 0
+    outbox.withdraw([])
+    rewrite = outbox._rewrite
+    assert rewrite is not None
+    outbox.put("Meter", settlement("meanwhile"))
+    outbox.put("Meter", settlement("noted"))
+    written(rewrite)
+    old = outbox._path.stat().st_ino
+    outbox.withdraw([])
+    assert (outbox._path.stat().st_ino != old, outbox._rewrite) == (True, None)
+    outbox.put("Meter", settlement("after"))
+    assert not outbox._path.with_suffix(".draft").exists()
+    abandon(outbox)
+    meters.away.clear()
+    await inherit(tmp_path, meters)
+    assert sorted(meters.taken) == [("Meter", each) for each in ("after", "before", "meanwhile", "noted")]
+
+
+@pytest.mark.slow
+async def test_making_the_file_anew_holds_no_turn_of_the_event_loop(tmp_path: Path) -> None:
+    async def turns_of() -> LoopTurns:
+        outbox = SettlementOutbox(tmp_path, "mine", Meters().send)
+        for number in range(50_000):
+            outbox.note("Meter", settlement(f"r{number}"))
+        with loop_turns() as turns:
+            await asyncio.sleep(0.02)
+            outbox.withdraw([])
+            assert outbox._rewrite is not None
+            while outbox._rewrite is not None:
+                await asyncio.sleep(0.01)
+                outbox.note("Meter", settlement("another"))
+                outbox.withdraw(["another"])
+        abandon(outbox)
+        return turns
+
+    await assert_short(turns_of)
 
 
 _VICTIM = """

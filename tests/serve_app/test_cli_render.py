@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from serve_app.cli import app
 
+ROOT = Path(__file__).parents[2]
 CLUSTER = """
 meter: {database: "env://MILLSTREAM_DATABASE"}
 models:
@@ -39,6 +41,29 @@ def test_kubernetes_writes_one_stream(file: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     kinds = [manifest["kind"] for manifest in yaml.safe_load_all(result.stdout)]
     assert (kinds[0], kinds[-1]) == ("ServiceAccount", "RayService")
+
+
+@pytest.mark.parametrize("home", ["/home/me/.millstream", "/srv/other"])
+def test_the_clusters_own_file_renders_as_it_is_with_sqlite_on_the_meters_volume(
+    home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is rendered."""
+    monkeypatch.setenv("MILLSTREAM_HOME", home)
+    result = render("kubernetes", ROOT / "cluster.yaml")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert home not in result.stdout
+    service = list(yaml.safe_load_all(result.stdout))[-1]
+    gateway, *_ = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    [database] = re.findall(r"sqlite:\S+", yaml.safe_dump(gateway))
+    assert database == "sqlite:////var/lib/millstream/meter/ledger.db"
+    [meter] = [
+        group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"] if group["groupName"] == "meter"
+    ]
+    [container] = meter["template"]["spec"]["containers"]
+    assert {"name": "meter", "mountPath": "/var/lib/millstream/meter"} in container["volumeMounts"]
+    environment = {each["name"]: each for each in container["env"]}
+    assert environment["MILLSTREAM_POD_DATABASE"]["value"] == database
+    assert "MILLSTREAM_DATABASE" not in environment  # nor is there a need for its Secret
 
 
 def test_kubernetes_writes_a_folder_and_removes_what_an_earlier_one_had_besides(file: Path, tmp_path: Path) -> None:
@@ -73,11 +98,15 @@ def test_a_base_needs_a_folder_that_builds_on_it(file: Path, tmp_path: Path) -> 
 
 
 def test_what_kubernetes_cannot_run_is_told_line_by_line_and_nothing_is_written(file: Path, tmp_path: Path) -> None:
-    file.write_text(LOCAL)
+    file.write_text(
+        "meter: {database: 'sqlite:////srv/ledger.db'}\n" + LOCAL.replace("simulated", "simulated, max_model_len: 512")
+    )
     result = render("kubernetes", file, "-o", tmp_path / "folder")
     assert result.exit_code == 1
     [line] = result.stderr.splitlines()
-    assert line.startswith(f"{file}: meter.database: got sqlite://…, expected env://")
+    assert line.startswith(
+        f"{file}: meter.database: got sqlite:////srv/ledger.db, expected sqlite:///${{MILLSTREAM_HOME}}/"
+    )
     assert not (tmp_path / "folder").exists()
 
 

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from deployments.contracts import Account
 from deployments.meter.reservation_journal import JournaledReservation, ReservationJournal
 from deployments.record_file import framed
+from tests.deployments.rewrites import written
 
 NOW = 1_700_000_000.0
 
@@ -125,6 +126,7 @@ def test_a_full_file_makes_way_for_one_with_the_open_reservations(tmp_path: Path
         journal.rotate(
             NOW + 60.0, [(account("open", NOW - 1000.0), "ingress-1"), (account("late", NOW + 55.0), "ingress-1")]
         )
+        written(journal._rotation)
         journal.closed("late", 7)
         journal.reserved(account("next", NOW + 61.0), "ingress-1")
         journal.flush()
@@ -145,6 +147,9 @@ def test_what_was_settled_before_the_file_changed_still_counts_for_its_minute(tm
         journal.flush()
         assert journal.is_full(NOW)
         journal.rotate(NOW, [])
+        written(journal._rotation)
+        journal.flush()
+        assert (tmp_path / "reservations-0.previous").exists()
     assert [each.used_tokens for each in left(tmp_path, NOW + 59.0)] == [12]
 
 
@@ -156,6 +161,9 @@ def test_two_processes_never_have_one_journal(tmp_path: Path) -> None:
         journal.reserved(account("cmpl-1"), "ingress-1")
         journal.flush()
         journal.rotate(NOW + 60.0, [])
+        written(journal._rotation)
+        journal.flush()
+        assert (tmp_path / "reservations-0.previous").exists()
         with pytest.raises(BlockingIOError):
             ReservationJournal(tmp_path, 0)
         with opened(tmp_path, 1, 2) as other:

@@ -12,6 +12,7 @@ from deployments.meter.errors import MeterBusy
 from deployments.meter.limits import Demand, LimitState
 from deployments.meter.reservation_journal import JournaledReservation, ReservationJournal
 from deployments.meter.reservations import Reservation, Reservations, demand_of
+from tests.deployments.rewrites import written
 
 NOW = 1_700_000_000.0
 LOST_AFTER_S = 60.0
@@ -270,6 +271,7 @@ def test_the_journal_never_grows_beyond_what_is_open_and_two_minutes(tmp_path: P
             reserve(reservations, key, f"cmpl-{second}", NOW + second)
             reservations.settle(settled(f"cmpl-{second}"), NOW + second)
             reservations.flush(NOW + second)
+            written(journal._rotation)
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 40_000
     with closing(ReservationJournal(tmp_path, 0)) as journal:
         told = journal.load(NOW + 999.0)

@@ -47,12 +47,13 @@ def test_what_kubernetes_can_run_is_not_refused() -> None:
         (
             {"meter": {"database": "sqlite:////ledger.db"}},
             {},
-            r"meter.database: got sqlite://…, expected env:// .* PostgreSQL .* the Secret millstream-database",
+            r"meter.database: got sqlite:////ledger.db, expected sqlite:///\${MILLSTREAM_HOME}/ledger.db, .* the "
+            r"meter's volume, or env://MILLSTREAM_DATABASE, a PostgreSQL .* the Secret millstream-database",
         ),
         (
             {"meter": {"database": "postgresql://user:swordfish@host/ledger"}},
             {},
-            r"meter.database: got postgresql://…, expected env://",
+            r"meter.database: got postgresql://…, expected env://MILLSTREAM_DATABASE, .* Secret millstream-",
         ),
         ({}, {"engine": {"kind": "vllm"}}, r"models\[0\].engine.max_model_len: got nothing, expected a number"),
         ({}, {"source": "/home/me/model"}, r"models\[0\].source: got /home/me/model, expected a hub id, or a folder b"),
