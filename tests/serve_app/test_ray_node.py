@@ -10,8 +10,9 @@ import pytest
 from ray import _raylet
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
-from serve_app.config import ClusterConfig
+from serve_app.config import ClusterConfig, ClusterSection, HttpConfig
 from serve_app.ray_node import RayNode, RayNodeError, client_timeout_s, serve_environment
+from tests.certificates import Authority
 
 CONFIG = ClusterConfig.model_validate({"models": [{"name": "m", "source": "/model", "engine": {"kind": "simulated"}}]})
 
@@ -44,6 +45,31 @@ def test_a_ray_start_that_fails_or_hangs_is_told_and_leaves_nothing(
     assert RayNode.running(tmp_path) is None
     commands = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if str(python) in (command or [])]
+
+
+@pytest.mark.parametrize(
+    ("address", "changed", "said"),
+    [
+        ("10.0.0.1", {}, "cannot be used at 127.0.0.1: .*subject alternative names must have that address"),
+        (
+            "127.0.0.1",
+            {"RAY_TLS_CA_CERT": ""},
+            "RAY_TLS_CA_CERT must be the absolute path of a PEM file, got 'nothing'",
+        ),
+    ],
+)
+def test_certificates_that_ray_could_not_use_are_told_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, changed: dict[str, str], said: str
+) -> None:
+    certificates, home = tmp_path / "certificates", tmp_path / "home"
+    home.mkdir()
+    for name, value in {**Authority(certificates).environment("node", address), **changed}.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        config = CONFIG.model_copy(update={"cluster": ClusterSection(http=HttpConfig(port=free.getsockname()[1]))})
+    with pytest.raises(RayNodeError, match=said):
+        RayNode.start(config, home)
+    assert list(home.iterdir()) == []
 
 
 def test_rays_connections_outlast_a_host_that_ray_does_not_give_up() -> None:

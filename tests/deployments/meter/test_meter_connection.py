@@ -16,6 +16,8 @@ from deployments.meter.meter_connection import MeterConnection, MeterMethod, Met
 from deployments.meter.remote_meter import RemoteMeter
 from deployments.ticketed_connection import FramedConnection, connected
 
+pytestmark = pytest.mark.usefixtures("plain_and_tls")
+
 
 class Meter:
     """Answers each call with its argument, once `open`; and Serve's handle of its deployment."""
