@@ -32,7 +32,7 @@ test-unit: $(DEV) ## run the quick tests, which need neither Ray, vLLM nor Postg
 faults: $(DEV) ## kill processes under load for 10 minutes, then audit the ledger; ARGS="--seed 2 --seconds 60", ARGS=--vllm
 	$(BIN)/python -m tests.faults.campaign $(ARGS)
 
-rehearsal: $(DEV) ## run what is rendered for Kubernetes on hosts of its own, cut links, kill hosts, 10 minutes; needs root; ARGS=--vllm
+rehearsal: $(DEV) ## run what is rendered for Kubernetes on hosts of its own, cut links, kill hosts, 10 minutes; needs root; ARGS=--vllm, ARGS=--tls
 	$(BIN)/python -m tests.rehearsal $(ARGS)
 
 # KEY reaches it through the environment: others can read a command line, and make would print it.

@@ -549,6 +549,10 @@ class KubernetesConfig(_Section):
     redis_address: str | None = Field(default=None, min_length=1)
     """`host:port` of the Redis that keeps the state of Ray's head, so that the cluster outlives it. null is for
     clusters whose groups have one pod each."""
+    tls: bool = False
+    """Encrypts what pods say to each other, Ray's processes and Millstream's own, with certificates on both sides that
+    KubeRay has cert-manager make (docs/kubernetes.md, *TLS between pods*). Needs KubeRay 1.7 or later with the feature
+    gate RayClusterMTLS, and cert-manager."""
     gateway_cpus: PositiveInt = 2
     """CPUs, at most, of each pod that runs ingress replicas, >= twice `ingress.resources.cpus`, so that a new one can
     start while an old one finishes its streams. Where `ingress.replicas` are two and more, pods are smaller: none holds

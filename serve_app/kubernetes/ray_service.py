@@ -54,6 +54,10 @@ def ray_service(config: ClusterConfig) -> dict[str, Any]:
             "securityContext": CONTAINER_SECURITY,
             "volumeMounts": [AUTOSCALER_ACCOUNT_MOUNT],
         }
+    if kubernetes.tls:
+        # KubeRay mounts the certificates and sets the variables of deployments/tls.py in all containers. A Secret made
+        # beforehand would not do: Ray wants the address of each pod in its certificate.
+        cluster["tlsOptions"] = {"enabled": True}
     if kubernetes.redis_address is not None:
         cluster["gcsFaultToleranceOptions"] = {
             "redisAddress": kubernetes.redis_address,

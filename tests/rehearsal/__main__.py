@@ -1,6 +1,6 @@
 """The rehearsal: the rendered RayService on hosts of its own, and what may happen to it.
 
-    python -m tests.rehearsal [--short | --vllm] [--only b --only e] [--logs FOLDER]
+    python -m tests.rehearsal [--short | --vllm] [--only b --only e] [--tls] [--logs FOLDER]
 
 Needs root, for namespaces. Everything that it makes is in namespaces of its own (network, mounts, processes), on a file
 system in memory, so that nothing is left, however it ends.
@@ -42,6 +42,7 @@ class Plan:
     """Of each stream."""
     scenarios: Sequence[Scenario]
     short: bool = False
+    tls: bool = False
 
 
 def main() -> None:
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help=f"scenarios {', '.join(_SHORT)} only, with less waiting")
     parser.add_argument("--only", action="append", choices=sorted(SCENARIOS), help="this scenario; may be repeated")
     parser.add_argument("--vllm", action="store_true", help="real vLLM on two engine hosts, of which one is killed")
+    parser.add_argument("--tls", action="store_true", help="with TLS between pods")
     parser.add_argument("--logs", type=Path, help="an absent folder that gets the pods' logs")
     options = parser.parse_args()
     if _INSIDE not in os.environ:
@@ -65,10 +67,10 @@ def main() -> None:
     _FOLDER.mkdir()
     folder = ROOT / "tests" / "rehearsal"
     if options.vllm:
-        plan = Plan(folder / "vllm.yaml", 8, 60, [engine_host_killed])
+        plan = Plan(folder / "vllm.yaml", 8, 60, [engine_host_killed], tls=options.tls)
     else:
         chosen = options.only or (_SHORT if options.short else sorted(SCENARIOS))
-        plan = Plan(folder / "cluster.yaml", 32, 120, [SCENARIOS[name] for name in chosen], options.short)
+        plan = Plan(folder / "cluster.yaml", 32, 120, [SCENARIOS[name] for name in chosen], options.short, options.tls)
     try:
         asyncio.run(_rehearse(plan))
     except* Violated as violations:
@@ -84,7 +86,10 @@ def main() -> None:
 async def _rehearse(plan: Plan) -> None:
     begun = time.monotonic()
     config = yaml.safe_load(plan.config.read_text())
-    async with rehearsed_cluster(rendered(plan.config), _FOLDER) as cluster:
+    config["kubernetes"]["tls"] = plan.tls
+    file = _FOLDER / "cluster.yaml"
+    file.write_text(yaml.safe_dump(config))
+    async with rehearsed_cluster(rendered(file), _FOLDER) as cluster:
         _say(begun, f"pods: {', '.join(cluster.operator.pods)}")
         await cluster.until_ready(gateways=2)
         _say(begun, "ready")

@@ -1,7 +1,7 @@
 """What `millstream render kubernetes` says, and what KubeRay makes of it: the pods' commands and environments.
 
 Written after KubeRay 1.6 (ray-operator/controllers/ray/common/pod.go): which parameters and variables the operator adds
-to a template, and the sidecar that is its autoscaler.
+to a template, and the sidecar that is its autoscaler; and, after 1.7, what `tlsOptions` adds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import yaml
 
+from tests.certificates import variables
+
 __all__ = ["DASHBOARD_PORT", "GCS_PORT", "HEAD_GROUP", "Container", "Manifests", "PodTemplate", "Secrets", "rendered"]
 
 Secrets = dict[str, dict[str, str]]
@@ -25,6 +27,8 @@ DASHBOARD_PORT: Final = 8265
 _AUTOSCALER: Final = "autoscaler"
 HEAD_GROUP: Final = "headgroup"
 _NAMESPACE: Final = "default"
+_TLS_MOUNT: Final[dict[str, Any]] = {"name": "ray-tls", "mountPath": "/var/lib/ray-tls", "readOnly": True}
+"""KubeRay's is at /etc/ray/tls: here it lies below what no pod has of the machine, so that nothing is left there."""
 _MEMORY_UNITS: Final = {"Mi": 2**20, "Gi": 2**30}
 
 
@@ -68,6 +72,12 @@ class Manifests:
     def head_service(self) -> str:
         """Under which name the pods find the head."""
         return f"{self.name}-head-svc.{_NAMESPACE}.svc.cluster.local"
+
+    @property
+    def tls(self) -> bool:
+        """Whether KubeRay has certificates made."""
+        enabled: bool = self.cluster.get("tlsOptions", {}).get("enabled", False)
+        return enabled
 
     def head(self, pod_name: str, secrets: Secrets) -> PodTemplate:
         group = self.cluster["headGroupSpec"]
@@ -117,6 +127,7 @@ class Manifests:
                 **_environment(container["env"], secrets),
                 **environment,
                 **self._token(secrets),
+                **self._tls_variables,
                 "KUBERAY_GEN_RAY_START_CMD": ray_start,
                 "RAY_CLUSTER_NAME": self.name,
                 "RAY_CLOUD_INSTANCE_ID": pod_name,
@@ -124,7 +135,7 @@ class Manifests:
                 "RAY_PORT": str(GCS_PORT),
                 "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
             },
-            container.get("volumeMounts", []),
+            [*container.get("volumeMounts", []), *self._tls_mounts],
         )
         return PodTemplate(
             group=group_name,
@@ -135,7 +146,10 @@ class Manifests:
                 "ray.io/node-type": "head" if "--head" in options else "worker",
             },
             containers=[ray],
-            volumes={volume["name"]: volume for volume in template["spec"].get("volumes", [])},
+            volumes={
+                **{volume["name"]: volume for volume in template["spec"].get("volumes", [])},
+                **({_TLS_MOUNT["name"]: {"secret": {}}} if self.tls else {}),
+            },
             ports={port["name"]: port["containerPort"] for port in container["ports"]},
             grace_s=template["spec"]["terminationGracePeriodSeconds"],
         )
@@ -161,13 +175,22 @@ class Manifests:
             shlex.split(f"ray kuberay-autoscaler --cluster-name {self.name} --cluster-namespace {_NAMESPACE}"),
             {
                 **self._token(secrets),
+                **self._tls_variables,
                 "RAY_CLUSTER_NAME": self.name,
                 "RAY_CLUSTER_NAMESPACE": _NAMESPACE,
                 "RAY_HEAD_POD_NAME": pod_name,
                 "KUBERAY_CRD_VER": "v1",
             },
-            self.cluster["autoscalerOptions"]["volumeMounts"],
+            [*self.cluster["autoscalerOptions"]["volumeMounts"], *self._tls_mounts],
         )
+
+    @property
+    def _tls_variables(self) -> dict[str, str]:
+        return variables(Path(_TLS_MOUNT["mountPath"])) if self.tls else {}
+
+    @property
+    def _tls_mounts(self) -> list[dict[str, Any]]:
+        return [_TLS_MOUNT] if self.tls else []
 
     def _token(self, secrets: Secrets) -> dict[str, str]:
         options = self.cluster["authOptions"]

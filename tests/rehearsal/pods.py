@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Final
 import psutil
 
 from serve_app.ray_node import write_haproxy_launcher
+from tests.certificates import Authority
 from tests.conftest import ROOT
 from tests.rehearsal.manifests import Container, PodTemplate
 from tests.rehearsal.network import Network
@@ -46,6 +48,11 @@ class PodFiles:
         write_haproxy_launcher(self.image_bin / "millstream-haproxy")
         self.checkout = folder / "checkout"
         self.checkout.mkdir()
+        self.authority = Authority(folder / "certificates")
+        self.names: dict[str, list[str]] = defaultdict(list)
+        """Of hosts, by address."""
+        for name, address in hosts.items():
+            self.names[address].append(name)
         self.hosts = folder / "hosts"
         self.hosts.write_text(
             "".join(f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **hosts}.items())
@@ -216,6 +223,10 @@ class Pod:
             return self._files.claims[volume["persistentVolumeClaim"]["claimName"]]
         if "projected" in volume:
             return self._files.account
+        if "secret" in volume:  # as KubeRay has cert-manager make them, but one for each pod
+            return self._files.authority.issue(
+                self.name, str(self.address), "127.0.0.1", *self._files.names[str(self.address)]
+            )
         folder = self._folder / "volumes" / name  # emptyDir: it outlives the container
         folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tests.rehearsal.manifests import HEAD_GROUP, Manifests, Secrets, rendered
@@ -27,6 +29,7 @@ def test_the_head_keeps_its_state_in_redis_and_has_the_autoscaler_beside_it(mani
     ray, autoscaler = head.containers
     assert ray.arguments[:3] == ["/bin/bash", "-c", "--"]
     assert ray.arguments[3].startswith("ulimit -n 65536; ray start --head ")
+    assert "RAY_USE_TLS" not in ray.environment
     for option in ("--num-cpus=0", "--no-monitor", "--block", "--redis-password=$REDIS_PASSWORD"):
         assert option in ray.arguments[3].split()
     assert ray.environment["RAY_REDIS_ADDRESS"] == "redis:6379"
@@ -46,6 +49,21 @@ def test_workers_find_the_head_by_its_name_and_carry_the_label_of_their_group(ma
         assert re.search(r"--memory=\d{9,}( |$)", command)
         assert worker.labels["millstream-group"] == group["groupName"]
         assert worker.grace_s > float(container.environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+
+
+def test_with_tls_each_container_has_certificates_and_the_variables_that_name_them(tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "tests" / "rehearsal" / "cluster.yaml").read_text())
+    config["kubernetes"]["tls"] = True
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(config))
+    manifests = rendered(tmp_path / "cluster.yaml")
+    templates = [manifests.head("head-0", SECRETS)]
+    templates += [manifests.worker(group, "worker-0", SECRETS) for group in manifests.cluster["workerGroupSpecs"]]
+    for template in templates:
+        for container in template.containers:
+            assert container.environment["RAY_USE_TLS"] == "1"
+            folder = Path(container.environment["RAY_TLS_SERVER_CERT"]).parent
+            [mount] = [each for each in container.mounts if each["mountPath"] == str(folder)]
+            assert "secret" in template.volumes[mount["name"]]
 
 
 def test_secrets_are_where_they_are_needed_and_may_be_missing_where_they_are_optional(manifests: Manifests) -> None:

@@ -48,6 +48,7 @@ def full_cluster() -> ClusterConfig:
         meter={"database": "env://LEDGER", "replicas": 2},
         kubernetes={
             "redis_address": "redis:6379",
+            "tls": True,
             "image_pull_secret": "registry",
             "accelerators": {"H100": {"b": "2", "a": "1"}},
             "storage": {"models": {"size": "1Ti", "storage_class": "shared"}},
@@ -396,6 +397,11 @@ def test_secrets_are_named_and_go_to_the_pods_that_need_them_only() -> None:
     }
     assert variables(RENDERED["full"].templates["meter"])["LEDGER"]["secretKeyRef"]["key"] == "url"
     assert RENDERED["full"].ray_cluster["authOptions"] == {"mode": "token", "secretName": "full-ray-token"}
+
+
+def test_tls_between_pods_is_left_to_kuberay_and_off_unless_it_is_asked_for() -> None:
+    assert RENDERED["full"].ray_cluster["tlsOptions"] == {"enabled": True}
+    assert "tlsOptions" not in RENDERED["least"].ray_cluster
 
 
 def test_the_command_line_finds_the_cluster_in_the_meters_pod_alone(rendered: Rendered, tmp_path: Path) -> None:
