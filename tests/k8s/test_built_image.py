@@ -141,6 +141,14 @@ def test_it_runs_as_nobody_in_particular_and_checks_a_cluster(container: Contain
     assert "is fine" in result.stdout
 
 
+def test_no_module_is_compiled_at_each_start(container: Container) -> None:
+    result = container.run("python", "-v", "-c", "from vllm import AsyncLLMEngine; import serve_app.applications")
+    assert result.returncode == 0, result.stderr[-2000:]
+    loaded = [line for line in result.stderr.splitlines() if line.startswith("# code object from ")]
+    assert len([line for line in loaded if ".pyc" in line]) > 1000
+    assert [line for line in loaded if "/opt/millstream/" in line and ".pyc" not in line] == []
+
+
 async def test_it_serves_from_a_read_only_file_system(container: Container, tmp_path: Path) -> None:
     port, home, output = free_port(), container.writable["/var/lib/millstream"], tmp_path / "output"
     command = ["env", "MILLSTREAM_HOME=/var/lib/millstream", "millstream", "up", "/var/lib/millstream/cluster.yaml"]
@@ -154,7 +162,7 @@ async def test_it_serves_from_a_read_only_file_system(container: Container, tmp_
                 except httpx.TransportError:
                     return False
 
-            print(f"ready after {await eventually(ready, limit_s=180):.0f} s")
+            print(f"ready after {await eventually(ready, limit_s=240):.0f} s")
             key = (home / "admin.key").read_text().strip()
             body = {"model": "sim", "prompt": "Paris is", "max_tokens": 8}
             answer = await client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
