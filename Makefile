@@ -8,6 +8,10 @@ SCENARIO ?= chat
 URL ?=
 MODEL ?=
 DURATION ?=
+VARIANT ?= cpu
+TAG ?=
+BASE ?=
+BUILDER ?=
 
 BIN := .venv/bin
 CPU := .venv/.cpu-installed
@@ -15,7 +19,7 @@ DEV := .venv/.dev-installed
 CLIENTS := .venv/.clients-installed
 PEERS := .venv/.peers-installed
 
-.PHONY: help serve test test-unit faults rehearsal load compare check setup down clean
+.PHONY: help serve test test-unit faults rehearsal load compare image check setup down clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -45,6 +49,10 @@ load: $(DEV) ## load test with a report; SCENARIO=chat (help lists them), URL=, 
 
 compare: $(PEERS) ## measure Millstream beside its peers, half an hour, tables into docs/performance.md; ARGS=--help
 	$(BIN)/python -m loadtests.comparison $(ARGS)
+
+image: ## build the image of the pods with docker, podman or buildah; VARIANT=gpu, TAG=name:version, BASE=image
+	@$(or $(wildcard $(BIN)/python),python3) -m requirements.image $(VARIANT) $(if $(TAG),--tag $(TAG)) \
+		$(if $(BASE),--base $(BASE)) $(if $(BUILDER),--builder $(BUILDER)) $(ARGS)
 
 check: $(DEV) ## ruff and mypy
 	$(BIN)/ruff check

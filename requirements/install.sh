@@ -6,6 +6,11 @@
 #     requirements/install.sh clients    clients.lock, apart in .venv/clients                -> .venv/.clients-installed
 #     requirements/install.sh peers      peers.lock, apart in .venv/peers                    -> .venv/.peers-installed
 #
+# k8s/Dockerfile calls it for the two images, where VARIANT is cpu or gpu:
+#
+#     requirements/install.sh packages-VARIANT   virtual environment with VARIANT.lock alone
+#     requirements/install.sh system-VARIANT     only what the system must have to run it: Debian packages, no .venv
+#
 # The stamp is written last, so whatever stops an install (a failure, Ctrl-C, kill -9, a power cut), the next run
 # repairs it. Safe to start twice at the same time: the second run waits for the first.
 #
@@ -30,7 +35,12 @@ main() {
         dev) inputs=(requirements/dev.lock "$VENV/.cpu-installed") ;;
         clients) inputs=(requirements/clients.lock requirements/javascript/package-lock.json "$VENV/.dev-installed") ;;
         peers) inputs=(requirements/peers.lock "$VENV/.clients-installed") ;;
-        *) fail "usage: requirements/install.sh cpu|dev|clients|peers" ;;
+        packages-cpu | packages-gpu) inputs=("requirements/${1#*-}.lock") ;;
+        system-cpu | system-gpu)
+            "install_${1/-/_}"
+            return
+            ;;
+        *) fail "usage: requirements/install.sh cpu|dev|clients|peers|packages-cpu|packages-gpu|system-cpu|system-gpu" ;;
     esac
     readonly stamp=$VENV/.$1-installed started=$VENV/.$1-installing
 
@@ -51,26 +61,57 @@ main() {
     [[ -e $started ]] && repair=(--reinstall)
     rm -f "$stamp"
     printf '%s\n' "$VENV" >"$started"
-    "install_$1"
+    "install_${1/-/_}"
     mv "$started" "$stamp" # keeps the time of the start: an input edited meanwhile is newer and installed next time
 }
 
 install_cpu() {
+    install_packages_cpu
+    run "${UV[@]}" pip install --quiet --no-deps --no-build-isolation --editable .
+}
+
+# Not compiled, unless UV_COMPILE_BYTECODE says so: the first import does that, and nine modules in ten are never imported.
+install_packages_cpu() {
+    make_venv 4
+    install_torch
+    begin "[3/4] $(count cpu) packages of requirements/cpu.lock (3 GB the first time)"
+    run "${UV[@]}" pip install --no-deps "${repair[@]}" -r <(grep -v '^torch==' requirements/cpu.lock)
+    import_torch_and_vllm
+}
+
+# Not imported: vLLM's build for CUDA is not, where there is no GPU.
+install_packages_gpu() {
+    make_venv 2
+    begin "[2/2] $(count gpu) packages of requirements/gpu.lock"
+    run "${UV[@]}" pip install --no-deps "${repair[@]}" -r requirements/gpu.lock
+}
+
+install_system_cpu() {
     find_python
-    install_debian_packages $(missing_for_python)
+    install_debian_packages $(missing_libraries)
+}
+
+# Triton and FlashInfer compile kernels on the machine with the GPU: a compiler, and Python's headers.
+install_system_gpu() {
+    find_python
+    install_debian_packages $(missing_libraries) $(missing_for_compiling)
+}
+
+# make_venv STEPS: as the first of so many.
+make_venv() {
+    find_python
+    install_debian_packages $(missing_for_python) $(missing_libraries)
     if ! venv_is_sound; then
-        begin "[1/4] virtual environment .venv, with $("$python" --version)"
+        begin "[1/$1] virtual environment .venv, with $("$python" --version)"
         find -H "$VENV" -mindepth 1 ! -path "$started" -delete
         run "$python" -m venv "$VENV"
     fi
     [[ $("$VENV/bin/uv" --version 2>/dev/null) == "uv $UV_VERSION"* ]] ||
         run "$VENV/bin/python" -m pip --disable-pip-version-check --no-input install --quiet --no-deps --force-reinstall \
             "uv==$UV_VERSION"
-    install_torch
-    # Not compiled: the first import of a module does that, and nine in ten are never imported.
-    begin "[3/4] $(count cpu) packages of requirements/cpu.lock (3 GB the first time)"
-    run "${UV[@]}" pip install --no-deps "${repair[@]}" -r <(grep -v '^torch==' requirements/cpu.lock)
-    run "${UV[@]}" pip install --quiet --no-deps --no-build-isolation --editable .
+}
+
+import_torch_and_vllm() {
     begin "[4/4] import of torch, from $torch_source, and vLLM"
     "$VENV/bin/python" -c 'import torch' || fail "" \
         "The torch that $torch_source has as ${torch#*==} cannot be imported. Where a library of CUDA is missing" \
@@ -160,7 +201,7 @@ find_python() {
     fi
     if apt-cache show python3.11 >/dev/null 2>&1; then
         echo "Python 3.11: not on PATH, so from Debian"
-        install_debian_packages python3.11 python3.11-venv
+        install_debian_packages python3.11
         is_3_11 python3.11 && return
     fi
     fail "Python 3.11 is needed (the locked packages are built for it) and neither python3.11 nor python3 is it." \
@@ -174,15 +215,24 @@ is_3_11() {
     "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && python=$(command -v "$1")
 }
 
-# Debian's names of what $python and the wheels lack.
+# Debian packages the standard library's ensurepip, without which there is no pip in a new environment, apart.
 missing_for_python() {
-    local entry library
-    # Debian packages the standard library's ensurepip, without which there is no pip in a new environment, apart.
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3.11-venv
+}
+
+# Debian's names of what the wheels lack.
+missing_libraries() {
+    local entry library
     for entry in "${SYSTEM_LIBRARIES[@]}"; do
         library=${entry% *}
         "$python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$library" 2>/dev/null || echo "${entry#* }"
     done
+}
+
+missing_for_compiling() {
+    command -v g++ >/dev/null || echo g++
+    "$python" -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()' 2>/dev/null ||
+        echo libpython3.11-dev
 }
 
 # install_debian_packages [PACKAGE...]: asks apt only for what is missing, and not at all when nothing is.

@@ -97,6 +97,12 @@ def _model_problems(config: ClusterConfig, model: ModelConfig) -> Iterator[tuple
             model.source,
             f"a hub id, or a folder below {HOME}/models, where the volume of models is mounted",
         )
+    if resources.gpus == 0 and model.engine.kind == "vllm" and not model.engine.enforce_eager:
+        yield (
+            "engine.enforce_eager",
+            "false",
+            "true for a replica without GPUs: to compile a model, vLLM needs a compiler, which the CPU image lacks",
+        )
     if resources.gpus > kubernetes.gpus_per_node:
         yield (
             "resources.gpus",

@@ -56,6 +56,11 @@ def test_what_kubernetes_can_run_is_not_refused() -> None:
             r"meter.database: got postgresql://…, expected env://MILLSTREAM_DATABASE, .* Secret millstream-",
         ),
         ({}, {"engine": {"kind": "vllm"}}, r"models\[0\].engine.max_model_len: got nothing, expected a number"),
+        (
+            {},
+            {"resources": {"cpus": 1.0, "gpus": 0.0}},
+            r"models\[0\].engine.enforce_eager: got false, expected true .* without GPUs: .* compiler",
+        ),
         ({}, {"source": "/home/me/model"}, r"models\[0\].source: got /home/me/model, expected a hub id, or a folder b"),
         (
             {"kubernetes": {"accelerators": {"A100": {"gpu": "a100"}}}},
@@ -69,7 +74,7 @@ def test_what_kubernetes_can_run_is_not_refused() -> None:
         ),
         (
             {},
-            {"resources": {**H100, "gpus": 0.0}},
+            {"resources": {**H100, "gpus": 0.0}, "engine": {**VLLM, "enforce_eager": True}},
             r"models\[0\].resources.accelerator: got H100, expected null for a replica without GPUs",
         ),
         ({"cluster": {"name": "7b"}}, {}, r"cluster.name: got 7b, expected a name that begins with a letter"),
