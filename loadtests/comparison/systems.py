@@ -12,9 +12,9 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -25,7 +25,7 @@ from loadtests.comparison.load import Endpoint
 from loadtests.comparison.vllm_server import vllm_server_start
 from serve_app.ray_node import RayNode, processes_of
 
-__all__ = ["MILLSTREAM", "Running", "System", "costless_systems", "vllm_systems"]
+__all__ = ["MILLSTREAM", "Running", "System", "costless_systems", "relaying_millstream", "vllm_systems"]
 
 MILLSTREAM = "Millstream"
 _ROOT = Path(__file__).parents[2]
@@ -57,6 +57,7 @@ class _Millstream:
     config: str
     model: str
     name: str = MILLSTREAM
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def running(self, home: Path) -> Iterator[Running]:
@@ -79,7 +80,7 @@ class _Millstream:
     def _run(self, home: Path, *arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "serve_app.cli", *arguments],
-            env={**os.environ, "MILLSTREAM_HOME": str(home)},
+            env={**os.environ, **self.environment, "MILLSTREAM_HOME": str(home)},
             cwd=_ROOT,
             capture_output=True,
             text=True,
@@ -148,6 +149,11 @@ class _Peer:
                     psutil.wait_procs(left, timeout=10.0)
             for process in started:
                 process.wait()
+
+
+def relaying_millstream(name: str, environment: Mapping[str, str]) -> System:
+    """Millstream before an engine without cost, started with these variables besides."""
+    return _Millstream("relay.yaml", "relay", name, environment)
 
 
 def costless_systems(model: Path, packages: list[Path], home: Path) -> list[System]:
