@@ -17,9 +17,10 @@ import pytest
 
 from serve_app.ray_node import RayNode, processes_of
 from tests.cluster.listening import listening_sockets
-from tests.conftest import ROOT, RunningCluster, free_port, new_home, run_millstream
+from tests.conftest import ROOT, THOROUGH, RunningCluster, free_port, new_home, run_millstream
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+only_when_thorough = pytest.mark.skipif(not THOROUGH, reason="another start of a cluster: MILLSTREAM_THOROUGH=1")
 
 ONE_MODEL = """
 cluster: {{name: small, cpus: 4, proxy: {proxy}, http: {{host: {host}}}}}
@@ -78,8 +79,10 @@ def _up_in_the_foreground(home: Path, port: int, config: Path) -> tuple[subproce
     return process, printed
 
 
-@pytest.mark.parametrize("proxy", ["haproxy", "ray"])
-def test_up_serves_in_the_foreground_and_ctrl_c_ends_everything(smollm2: Path, tmp_path: Path, proxy: str) -> None:
+@pytest.mark.parametrize(("proxy", "ended_by"), [("haproxy", "Ctrl-C"), ("ray", "down")])
+def test_up_serves_in_the_foreground_until_it_is_ended(
+    smollm2: Path, tmp_path: Path, proxy: str, ended_by: str
+) -> None:
     home, port = new_home(smollm2, tmp_path), free_port()
     process, printed = _up_in_the_foreground(home, port, _config(tmp_path, proxy=proxy))
     assert f"curl http://127.0.0.1:{port}/v1/completions" in printed
@@ -93,14 +96,19 @@ def test_up_serves_in_the_foreground_and_ctrl_c_ends_everything(smollm2: Path, t
         trust_env=False,
     )
     assert answer.status_code == 200, answer.text
-    os.killpg(process.pid, signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    assert "processes ended" in rest
+    if ended_by == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+        assert "processes ended" in rest
+    else:
+        assert run_millstream(home, "down").returncode == 0
+        _, complaint = process.communicate(timeout=30)
+        assert (process.returncode, complaint) == (0, "The cluster was stopped.\n")
     assert processes_of(node.cluster_id) == []
     assert not Path(node.folder).exists()
 
 
-@pytest.mark.parametrize("head", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("head", ["gcs_server", pytest.param("raylet", marks=only_when_thorough)])
 def test_up_ends_with_the_reason_when_rays_head_dies(smollm2: Path, tmp_path: Path, head: str) -> None:
     home, port = new_home(smollm2, tmp_path), free_port()
     process, _ = _up_in_the_foreground(home, port, _config(tmp_path))
@@ -116,14 +124,6 @@ def test_up_ends_with_the_reason_when_rays_head_dies(smollm2: Path, tmp_path: Pa
     assert processes_of(node.cluster_id) == []
     assert RayNode.running(home) is None
     shutil.rmtree(node.folder)  # the logs, which may tell why
-
-
-def test_up_in_the_foreground_hears_of_a_down_elsewhere(smollm2: Path, tmp_path: Path) -> None:
-    home, port = new_home(smollm2, tmp_path), free_port()
-    process, _ = _up_in_the_foreground(home, port, _config(tmp_path))
-    assert run_millstream(home, "down").returncode == 0
-    _, said = process.communicate(timeout=30)
-    assert (process.returncode, said) == (0, "The cluster was stopped.\n")
 
 
 def test_a_failed_start_says_which_part_and_why_and_leaves_nothing(smollm2: Path, tmp_path: Path) -> None:
