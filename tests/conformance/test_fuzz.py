@@ -16,7 +16,7 @@ from tests.conftest import THOROUGH, RunningCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-CASES = 5_000 if THOROUGH else 2_500
+CASES = 5_000 if THOROUGH else 1_500
 PATHS = {
     "/v1/completions": "openai",
     "/openai/v1/completions": "openai",
