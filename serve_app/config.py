@@ -539,7 +539,7 @@ class KubernetesConfig(_Section):
     cpu_image: str = Field(default="millstream-cpu:0.1.0", min_length=1)
     """Image of all pods without GPUs (k8s/Dockerfile)."""
     gpu_image: str = Field(default="millstream-gpu:0.1.0", min_length=1)
-    """Image of the pods with GPUs (k8s/Dockerfile, with SET=gpu)."""
+    """Image of the pods with GPUs (k8s/Dockerfile, with VARIANT=gpu)."""
     image_pull_secret: Annotated[str, AfterValidator(_object_name)] | None = None
     """Secret for a private registry; null pulls without."""
     operator_namespace: Annotated[str, AfterValidator(_dns_label)] = "kuberay-system"
