@@ -45,8 +45,9 @@ class Container:
         try:
             yield process
         finally:
-            for first in psutil.Process(process.pid).children():
-                first.kill()  # with which all others of its namespace end, before its parent does
+            if process.poll() is None:
+                for first in psutil.Process(process.pid).children():
+                    first.kill()  # with which all others of its namespace end, before its parent does
             process.wait(30)
 
     def _command(self, arguments: tuple[str, ...]) -> list[str]:
@@ -62,6 +63,7 @@ class Container:
             ["mount", "--bind", root, root],
             ["mount", "-o", "remount,bind,ro", root],
             ["mount", "-t", "proc", "proc", root / "proc"],
+            ["mount", "--bind", "-o", "ro", "/sys", root / "sys"],
             ["mount", "--rbind", "/dev", root / "dev"],
             ["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", root / "dev/shm"],
             ["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", root / "tmp"],
