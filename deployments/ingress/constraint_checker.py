@@ -96,12 +96,12 @@ class ConstraintChecker:
     async def close(self) -> None:
         """End the workers; what waits is given up. Safe twice."""
         self._closed = True
-        given_up = [*self._under_way.values(), *(job for jobs in self._waiting.values() for job in jobs)]
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        for job in given_up:
+        # Of those under way what is left are tasks that were cancelled before they began.
+        for job in (*self._under_way.values(), *(job for jobs in self._waiting.values() for job in jobs)):
             if not job.answer.done():
                 job.answer.set_exception(_busy())
         self._under_way.clear()
@@ -159,6 +159,8 @@ class ConstraintChecker:
             if not job.answer.done():
                 job.answer.set_result(answer)
         finally:
+            if not job.answer.done():  # this was closed, or failed in a way that nobody foresaw
+                job.answer.set_exception(_busy())
             self._idle.append(worker)
             self._under_way.pop(job.owner, None)
             self._dispatch()

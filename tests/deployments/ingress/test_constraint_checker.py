@@ -134,6 +134,18 @@ async def test_a_worker_that_hangs_is_replaced(
     assert (await checker.check("key", check(smollm2, "regex", "b"))).grammar
 
 
+async def test_a_check_that_fails_in_a_way_that_nobody_foresaw_is_answered_at_once(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def failing(*_: object) -> None:
+        raise OSError("no process can be started")
+
+    monkeypatch.setattr(constraint_checker, "_answered", failing)
+    async with asyncio.timeout(5.0):
+        with pytest.raises(ServiceUnavailable):
+            await ConstraintChecker().check("key", check(smollm2, "regex", "a"))
+
+
 async def test_closing_gives_up_what_waits(smollm2: Path) -> None:
     checker = ConstraintChecker()
     asked = [asyncio.create_task(checker.check("key", check(smollm2, "regex", "a" * n))) for n in (1, 2, 3)]
