@@ -6,12 +6,13 @@ is killed while it appends leaves less than that at the end of the file, which t
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-__all__ = ["RecordsRead", "framed", "read_records"]
+__all__ = ["RecordsRead", "append_whole", "framed", "read_records"]
 
 _HEAD: Final = struct.Struct("<II")
 
@@ -20,6 +21,16 @@ class RecordsRead(NamedTuple):
     records: list[bytes]
     whole_bytes: int
     """How much of the file they are; what is behind is torn, and to be cut off before anything is appended."""
+
+
+def append_whole(file: int, data: bytes, size_bytes: int) -> int:
+    """Appends framed records to a file that has `size_bytes`; how many it has then. Raises OSError and leaves none of
+    them where the disk takes only a part: behind a record without its end nothing could be read."""
+    written = os.write(file, data)
+    if written < len(data):
+        os.ftruncate(file, size_bytes)
+        raise OSError(None, f"only {written} of {len(data)} bytes could be written")
+    return size_bytes + written
 
 
 def framed(records: Iterable[bytes]) -> bytes:

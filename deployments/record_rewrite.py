@@ -20,7 +20,7 @@ from typing import Final
 
 from deployments.record_file import framed
 
-__all__ = ["RecordRewrite"]
+__all__ = ["RecordRewrite", "draft_of"]
 
 _PORTION: Final = 100
 """Records that are written without a pause: about a millisecond of work."""
@@ -30,15 +30,20 @@ _AT_ONCE_BYTES: Final = 2**18
 """What `is_ready` may leave to be written on the event loop."""
 
 
+def draft_of(path: Path) -> Path:
+    """Where a rewrite of the file at `path` stands until it takes its place."""
+    return path.with_suffix(".draft")
+
+
 class RecordRewrite:
     """One draft. For use on one event loop, but for what its thread does."""
 
-    def __init__(self, draft: Path, records: Iterable[bytes]) -> None:
+    def __init__(self, path: Path, records: Iterable[bytes]) -> None:
         """Begins to write `records`, which the thread takes one by one: what they are made of must not change. Replaces
-        what an earlier process has left at `draft`, and has it locked. Raises OSError."""
-        self._draft = draft
-        draft.unlink(missing_ok=True)
-        self._file = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        what an earlier process has left as a draft of `path`, and has it locked. Raises OSError."""
+        self._draft = draft_of(path)
+        self._draft.unlink(missing_ok=True)
+        self._file = os.open(self._draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._meanwhile: list[bytes] = []
         self._abandoned = threading.Event()

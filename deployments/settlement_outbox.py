@@ -26,8 +26,8 @@ import msgspec
 import structlog
 
 from deployments.contracts import Settlement, pack, unpack
-from deployments.record_file import framed, read_records
-from deployments.record_rewrite import RecordRewrite
+from deployments.record_file import append_whole, framed, read_records
+from deployments.record_rewrite import RecordRewrite, draft_of
 
 __all__ = ["OUTBOX_SIZE", "SettlementOutbox"]
 
@@ -41,7 +41,6 @@ _ADOPT_S = 5.0
 _ADOPT_AT_ONCE = 200
 _COMPACT_BYTES = 4 * 2**20
 _SUFFIX = ".outbox"
-_DRAFT = ".draft"
 
 
 class _Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -197,11 +196,7 @@ class SettlementOutbox:
         data = framed([record])
         if self._rewrite is not None:
             self._rewrite.append(data)
-        written = os.write(self._file, data)
-        if written < len(data):  # a full disk: without its end nothing behind it could be read
-            os.ftruncate(self._file, self._bytes)
-            raise OSError(f"{self._path.name}: only {written} of {len(data)} bytes could be written")
-        self._bytes += written
+        self._bytes = append_whole(self._file, data, self._bytes)
 
     def _try_to_shorten(self) -> None:
         try:
@@ -227,13 +222,11 @@ class SettlementOutbox:
         waiting = [(meter, list(some.values())) for meter, some in self._waiting.items()]
         notes = list(self._notes.values())
         entries = chain(((meter, each.settlement) for meter, some in waiting for each in some), notes)
-        self._rewrite = RecordRewrite(
-            self._path.with_suffix(_DRAFT), (pack(_Entry(meter, settlement)) for meter, settlement in entries)
-        )
+        self._rewrite = RecordRewrite(self._path, (pack(_Entry(meter, settlement)) for meter, settlement in entries))
 
     def _put_in_place(self, rewrite: RecordRewrite) -> None:
         new = rewrite.finish()
-        os.rename(self._path.with_suffix(_DRAFT), self._path)
+        os.rename(draft_of(self._path), self._path)
         old, self._file, self._rewrite = self._file, new, None
         os.close(old)
         self._bytes = os.fstat(new).st_size
@@ -289,7 +282,7 @@ class SettlementOutbox:
                 if number % _ADOPT_AT_ONCE == 0:
                     await asyncio.sleep(0)  # streams go on
             os.unlink(path)
-            path.with_suffix(_DRAFT).unlink(missing_ok=True)
+            draft_of(path).unlink(missing_ok=True)
         finally:
             os.close(file)
 

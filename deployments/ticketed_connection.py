@@ -116,16 +116,13 @@ class TicketServer:
         """Listen on a free port of `host`, an address that the others can reach. Raises TlsError."""
         loop = asyncio.get_running_loop()
         files = tls_files(os.environ)
-        if files is None:
-            self._server = await loop.create_server(lambda: _Door(self._expected), host, 0)
-        else:
-            self._server = await loop.create_server(
-                lambda: _Door(self._expected),
-                host,
-                0,
-                ssl=files.server_context(),
-                ssl_handshake_timeout=CONNECT_LIMIT_S,
-            )
+        self._server = await loop.create_server(
+            lambda: _Door(self._expected),
+            host,
+            0,
+            ssl=None if files is None else files.server_context(),
+            ssl_handshake_timeout=None if files is None else CONNECT_LIMIT_S,
+        )
         self._address = (host, self._server.sockets[0].getsockname()[1])
 
     def ticket(self, connection: FramedConnection) -> Ticket:

@@ -20,10 +20,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Final
 
-import trustme
 import uvloop
 
 from deployments.ticketed_connection import FramedConnection, TicketServer, connected
+from loadtests.certificates import Authority
 from loadtests.comparison.load import load
 from loadtests.comparison.measure import ONE_CLIENT, Figures, Level, measure
 from loadtests.comparison.systems import System, relaying_millstream
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="millstream-tls-cost-") as folder:
         home = Path(folder)
         (home / "models").symlink_to(model.parent)
-        certificates = _certificates(home)
+        certificates = Authority(home / "certificates").environment()
         _print_messages(certificates)
         systems = [relaying_millstream("plain", {}), relaying_millstream("TLS", certificates)]
         for number in range(options.rounds):
@@ -64,21 +64,6 @@ def main() -> None:
         for what, of in _FIGURES.items():
             plain, tls = (statistics.median(map(of, figures[name, level.name])) for name in ("plain", "TLS"))
             print(f"| {level.name} | {what} | {plain:,.1f} | {tls:,.1f} | {tls / plain:.2f} |")
-
-
-def _certificates(folder: Path) -> dict[str, str]:
-    """Of an authority of its own, for the loopback; as variables that turn TLS on."""
-    authority = trustme.CA()
-    issued = authority.issue_cert("127.0.0.1")
-    authority.cert_pem.write_to_path(str(folder / "ca.crt"))
-    issued.private_key_pem.write_to_path(str(folder / "tls.key"))
-    issued.cert_chain_pems[0].write_to_path(str(folder / "tls.crt"))
-    return {
-        "RAY_USE_TLS": "1",
-        "RAY_TLS_SERVER_CERT": str(folder / "tls.crt"),
-        "RAY_TLS_SERVER_KEY": str(folder / "tls.key"),
-        "RAY_TLS_CA_CERT": str(folder / "ca.crt"),
-    }
 
 
 class _Acknowledging(FramedConnection):

@@ -52,7 +52,7 @@ def package_sources(configuration: Mapping[str, str], environment: Mapping[str, 
     """`configuration` is pip's. Without `folders`, sources that are such are left out, and told."""
     secrets = {key: Path(configuration[key]).expanduser() for key in CERTIFICATES if configuration.get(key)}
     passed = [key for key in (*OPTIONS, *VARIABLES, "no-index") if key in configuration and key not in CERTIFICATES]
-    variables = {f"PIP_{key.upper().replace('-', '_')}": configuration[key] for key in passed}
+    variables = {_variable(key): configuration[key] for key in passed}
     variables |= {name: value for name, value in environment.items() if name.startswith(VARIABLE_PREFIXES)}
     found: list[Path] = []
     for name, value in variables.items():
@@ -66,7 +66,7 @@ def package_sources(configuration: Mapping[str, str], environment: Mapping[str, 
             if folder is not None:
                 found.append(folder)
         variables[name] = " ".join(kept)
-    variables |= {f"PIP_{key.upper().replace('-', '_')}": f"/run/secrets/{key}" for key in secrets}
+    variables |= {_variable(key): f"/run/secrets/{key}" for key in secrets}
     return Sources({name: value for name, value in variables.items() if value}, secrets, list(dict.fromkeys(found)))
 
 
@@ -87,6 +87,11 @@ def find_builder(names: Sequence[str]) -> str:
         if shutil.which(name) and subprocess.run([name, "version"], capture_output=True, check=False).returncode == 0:
             return name
     raise ImageError(f"No {' or '.join(names)} that works here: apt-get install buildah, or start docker's daemon.")
+
+
+def _variable(key: str) -> str:
+    """By which pip reads this of its options from the environment."""
+    return f"PIP_{key.upper().replace('-', '_')}"
 
 
 def _folder(source: str) -> Path | None:

@@ -55,10 +55,6 @@ _REPLICA_PORTS = 200
 """Ports set aside for the ingress replicas behind HAProxy."""
 
 
-_LOOPBACK = "127.0.0.1"
-"""Where all processes of the node listen for each other."""
-
-
 class RayNodeError(Exception):
     """Ray could not be started; the text says why and where its logs are."""
 
@@ -236,7 +232,7 @@ def _check_tls() -> None:
     """Ray itself waits for itself until it gives up. Raises RayNodeError."""
     try:
         if (files := tls_files(os.environ)) is not None:
-            files.check(_LOOPBACK)
+            files.check("127.0.0.1")
     except TlsError as error:
         raise RayNodeError(str(error)) from None
 

@@ -174,12 +174,14 @@ def free_port() -> int:
         return port
 
 
-def start_cluster(home: Path, config: Path, *, watched: bool = False) -> RunningCluster:
+def start_cluster(
+    home: Path, config: Path, *, watched: bool = False, environment: Mapping[str, str] | None = None
+) -> RunningCluster:
     """The event loops of one that is `watched` can be looked at (tests/faults/loop_watch.py)."""
     cluster = RunningCluster(home, free_port())
     arguments = ("up", str(config), "--detach", "--port", str(cluster.port))
-    environment = probe_environment(home) if watched else None
-    result = run_millstream(home, *arguments, timeout_s=600, environment=environment)
+    added = {**(environment or {}), **(probe_environment(home) if watched else {})}
+    result = run_millstream(home, *arguments, timeout_s=600, environment=added)
     assert result.returncode == 0, result.stdout + result.stderr
     return cluster
 

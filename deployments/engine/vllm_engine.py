@@ -153,15 +153,6 @@ class VllmEngine:
         except Exception as error:  # it died after the look at `errored`
             raise EngineUnhealthy("vLLM's engine core has died") from error
 
-    async def _warm_up(self) -> None:
-        """Do now what vLLM would do at its first request with a grammar, in a turn and in a step that others wait for:
-        import what compiles grammars, and read the tokenizer's vocabulary for it."""
-        from vllm.inputs import tokens_input
-
-        first = Sampling(max_tokens=1, grammar=_ANYTHING)
-        async for _ in self._engine.generate(tokens_input([0]), _sampling_params(first), request_id="warm-up"):
-            pass
-
     async def shutdown(self) -> None:
         aborted = list(self._tasks.values())
         for key in list(self._tasks):
@@ -171,6 +162,15 @@ class VllmEngine:
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await asyncio.to_thread(engine.shutdown)
+
+    async def _warm_up(self) -> None:
+        """Do now what vLLM would do at its first request with a grammar, in a turn and in a step that others wait for:
+        import what compiles grammars, and read the tokenizer's vocabulary for it."""
+        from vllm.inputs import tokens_input
+
+        first = Sampling(max_tokens=1, grammar=_ANYTHING)
+        async for _ in self._engine.generate(tokens_input([0]), _sampling_params(first), request_id="warm-up"):
+            pass
 
     def _tell_death(self) -> None:
         if not self._death_told:  # every generation notices it

@@ -83,14 +83,12 @@ def parse_body(body: bytes, kind: type[B]) -> B:
 def _look_at(body: bytes, kind: type[Body]) -> None:
     """Raises InvalidRequest where parsing would take long."""
     escapes = body.count(b"\\")
-    bare = body
-    if 0 < escapes <= _MAX_ESCAPES:
-        bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    quotes = bare.count(b'"')
     if escapes > _MAX_ESCAPES:
         raise InvalidRequest(
             f"The body has {escapes} backslashes; expected at most {_MAX_ESCAPES}. Send text as UTF-8."
         )
+    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"") if escapes else body
+    quotes = bare.count(b'"')
     if quotes > 2 * _MAX_STRINGS:
         raise InvalidRequest(f"The body has {quotes // 2} strings; expected at most {_MAX_STRINGS}.")
     known = {field.alias or name for name, field in kind.model_fields.items()}

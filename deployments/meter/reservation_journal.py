@@ -21,8 +21,8 @@ import msgspec
 import structlog
 
 from deployments.contracts import Account, pack
-from deployments.record_file import framed, read_records
-from deployments.record_rewrite import RecordRewrite
+from deployments.record_file import append_whole, framed, read_records
+from deployments.record_rewrite import RecordRewrite, draft_of
 
 __all__ = ["JournaledReservation", "ReservationJournal"]
 
@@ -30,7 +30,6 @@ log = structlog.get_logger()
 
 _MINUTE_S: Final = 60.0
 _SUFFIX: Final = ".journal"
-_DRAFT: Final = ".draft"
 
 
 class _Reserved(msgspec.Struct, frozen=True, array_like=True, tag="reserved"):
@@ -126,7 +125,7 @@ class ReservationJournal:
         self._rotated_at = now
         try:
             self._rotation = RecordRewrite(
-                self._path.with_suffix(_DRAFT), (pack(_Reserved(account, ingress)) for account, ingress in still_open)
+                self._path, (pack(_Reserved(account, ingress)) for account, ingress in still_open)
             )
         except OSError as error:
             log.error("journal not rotated", file=self._path.name, reason=error.strerror)
@@ -145,11 +144,7 @@ class ReservationJournal:
         data = framed(records)
         if self._rotation is not None:
             self._rotation.append(data)
-        written = os.write(self._file, data)
-        if written < len(data):  # a full disk: without its end nothing behind it could be read
-            os.ftruncate(self._file, self._bytes)
-            raise OSError(None, f"only {written} of {len(data)} bytes could be written")
-        self._bytes += written
+        self._bytes = append_whole(self._file, data, self._bytes)
 
     def _put_in_place(self, rotation: RecordRewrite) -> None:
         """Whoever finds no file between the two renames finds all in the one before. Raises OSError, and then goes on
@@ -158,7 +153,7 @@ class ReservationJournal:
         new_bytes = os.fstat(new).st_size
         self._path.rename(_previous(self._path))
         try:
-            self._path.with_suffix(_DRAFT).rename(self._path)
+            draft_of(self._path).rename(self._path)
         except OSError:
             _previous(self._path).rename(self._path)
             raise
@@ -191,7 +186,7 @@ class ReservationJournal:
                 self.flush()
                 path.unlink()
                 _previous(path).unlink(missing_ok=True)
-                path.with_suffix(_DRAFT).unlink(missing_ok=True)
+                draft_of(path).unlink(missing_ok=True)
             finally:
                 os.close(file)
             log.info("reservations adopted", file=path.name, count=len(left))

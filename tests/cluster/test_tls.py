@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.certificates import Authority
+from loadtests.certificates import Authority
 from tests.cluster.listening import listening_sockets
-from tests.conftest import RunningCluster, free_port, new_home, run_millstream
+from tests.conftest import RunningCluster, new_home, start_cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -37,12 +37,9 @@ def encrypted(
     smollm2: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningCluster]:
     folder = tmp_path_factory.mktemp("encrypted")
-    home = new_home(smollm2, folder)
-    (folder / "cluster.yaml").write_text(_CONFIG)
-    cluster = RunningCluster(home, free_port())
-    arguments = ("up", str(folder / "cluster.yaml"), "--detach", "--port", str(cluster.port))
-    result = run_millstream(home, *arguments, environment=authority.environment())
-    assert result.returncode == 0, result.stdout + result.stderr
+    config = folder / "cluster.yaml"
+    config.write_text(_CONFIG)
+    cluster = start_cluster(new_home(smollm2, folder), config, environment=authority.environment())
     yield cluster
     cluster.millstream("down")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.certificates import Authority
+from loadtests.certificates import Authority
 
 
 @pytest.fixture(scope="session")

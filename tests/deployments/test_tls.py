@@ -12,24 +12,14 @@ import uvloop
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-from deployments.ticketed_connection import FramedConnection, Ticket, TicketServer, connected
+from deployments.ticketed_connection import Ticket, TicketServer, connected
 from deployments.tls import TlsError, tls_files
-from tests.certificates import Authority
+from loadtests.certificates import Authority
 from tests.conftest import eventually
+from tests.deployments.test_ticketed_connection import Recording
 
 
-class Recording(FramedConnection):
-    def __init__(self) -> None:
-        super().__init__()
-        self.frames: asyncio.Queue[bytes] = asyncio.Queue()
-        self.lost = asyncio.Event()
-
-    def frame_received(self, frame: bytes) -> None:
-        self.frames.put_nowait(frame)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.lost.set()
-
+class Encrypted(Recording):
     @property
     def tls(self) -> ssl.SSLObject:
         assert self._transport is not None
@@ -75,7 +65,7 @@ async def refused(ticket: Ticket, variables: Mapping[str, str]) -> list[EventDic
     """Somebody with these variables comes with `ticket` and does not get in; what is logged of it on both sides."""
     with capture_logs() as logs, environment(variables):
         try:
-            ours = await connected(ticket, Recording())
+            ours = await connected(ticket, Encrypted())
         except OSError:
             pass
         else:
@@ -95,9 +85,9 @@ def logged(logs: list[EventDict]) -> Callable[[], Awaitable[bool]]:
 async def test_both_ends_show_a_certificate_and_frames_travel_in_both_directions(
     server: TicketServer, authority: Authority
 ) -> None:
-    theirs = Recording()
+    theirs = Encrypted()
     with environment(authority.environment()):
-        ours = await connected(server.ticket(theirs), Recording())
+        ours = await connected(server.ticket(theirs), Encrypted())
     ours.send(b"first")
     async with asyncio.timeout(5.0):
         assert await theirs.frames.get() == b"first"
@@ -112,9 +102,9 @@ async def test_both_ends_show_a_certificate_and_frames_travel_in_both_directions
 
 
 async def test_an_end_that_closes_sends_what_it_was_given_first(server: TicketServer, authority: Authority) -> None:
-    theirs = Recording()
+    theirs = Encrypted()
     with environment(authority.environment()):
-        ours = await connected(server.ticket(theirs), Recording())
+        ours = await connected(server.ticket(theirs), Encrypted())
     ours.send(b"last")
     assert ours._transport is not None
     ours._transport.close()
@@ -126,7 +116,7 @@ async def test_an_end_that_closes_sends_what_it_was_given_first(server: TicketSe
 
 async def test_a_ticket_alone_does_not_let_in(server: TicketServer, authority: Authority, stranger: Authority) -> None:
     """In plain text, with a certificate of another authority, with one that has expired; and what each is told."""
-    theirs = Recording()
+    theirs = Encrypted()
     expected = {
         "plain": ({}, "All processes need RAY_USE_TLS=1"),
         "other authority": (stranger.environment(), "use one authority in all pods"),
@@ -142,7 +132,7 @@ async def test_without_a_certificate_of_its_own_nobody_is_let_in(server: TicketS
     files = tls_files(authority.environment())
     assert files is not None
     context = ssl.create_default_context(cafile=files.authority)
-    ticket = server.ticket(Recording())
+    ticket = server.ticket(Encrypted())
     with capture_logs() as logs:
         reader, writer = await asyncio.open_connection(ticket.host, ticket.port, ssl=context)
         writer.write(ticket.secret)
@@ -156,16 +146,16 @@ async def test_without_a_certificate_of_its_own_nobody_is_let_in(server: TicketS
 
 async def test_nobody_with_tls_connects_to_one_without(authority: Authority) -> None:
     server = await started({})
-    theirs = Recording()
+    theirs = Encrypted()
     with environment(authority.environment()), pytest.raises(OSError):  # noqa: PT011  # as the kernel has it
-        await connected(server.ticket(theirs), Recording())
+        await connected(server.ticket(theirs), Encrypted())
     assert theirs._transport is None
     server.close()
 
 
 async def test_a_server_whose_certificate_is_for_another_address_is_not_believed(authority: Authority) -> None:
     server = await started(authority.environment("elsewhere", "10.0.0.1"))
-    theirs = Recording()
+    theirs = Encrypted()
     [entry] = await refused(server.ticket(theirs), authority.environment())
     assert "subject alternative names must have that address" in entry["reason"]
     assert theirs._transport is None
@@ -175,7 +165,7 @@ async def test_a_server_whose_certificate_is_for_another_address_is_not_believed
 async def test_nobody_may_connect_and_say_nothing(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.ticketed_connection.CONNECT_LIMIT_S", 0.05)
     server = await started(authority.environment())
-    ticket = server.ticket(Recording())
+    ticket = server.ticket(Encrypted())
     reader, writer = await asyncio.open_connection(ticket.host, ticket.port)
     async with asyncio.timeout(5.0):
         assert await reader.read() == b""

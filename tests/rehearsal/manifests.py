@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import yaml
 
-from tests.certificates import variables
+from loadtests.certificates import variables
 
 __all__ = ["DASHBOARD_PORT", "GCS_PORT", "HEAD_GROUP", "Container", "Manifests", "PodTemplate", "Secrets", "rendered"]
 

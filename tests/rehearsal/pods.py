@@ -21,8 +21,8 @@ from typing import Final
 
 import psutil
 
+from loadtests.certificates import Authority
 from serve_app.ray_node import write_haproxy_launcher
-from tests.certificates import Authority
 from tests.conftest import ROOT
 from tests.rehearsal.manifests import Container, PodTemplate
 from tests.rehearsal.network import Network

@@ -10,9 +10,9 @@ import pytest
 from ray import _raylet
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
+from loadtests.certificates import Authority
 from serve_app.config import ClusterConfig, ClusterSection, HttpConfig
 from serve_app.ray_node import RayNode, RayNodeError, client_timeout_s, serve_environment
-from tests.certificates import Authority
 
 CONFIG = ClusterConfig.model_validate({"models": [{"name": "m", "source": "/model", "engine": {"kind": "simulated"}}]})
 

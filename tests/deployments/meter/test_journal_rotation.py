@@ -73,7 +73,7 @@ journal.reserved(account("meanwhile", NOW + 5), "ingress-1")
 journal.closed("open-3", 9)
 flushed("meanwhile", "closed-3")
 written(journal._rotation)
-journal.reserved(account("at the end".replace(" ", "-"), NOW + 6), "ingress-1")
+journal.reserved(account("at-the-end", NOW + 6), "ingress-1")
 flushed("at-the-end")
 assert journal._rotation is None
 journal.reserved(account("after", NOW + 7), "ingress-1")
