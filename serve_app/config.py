@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import (
@@ -653,7 +653,15 @@ def load_cluster_config(path: Path, environ: Mapping[str, str] = os.environ) -> 
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also takes 1e-3 for a number, as YAML 1.2 does and PyYAML does not."""
+    """SafeLoader that also takes 1e-3 for a number, as YAML 1.2 does and PyYAML does not.
+
+    Its dates stay dates: a library that vLLM brings makes them text, for all users of SafeLoader, when it is imported.
+    """
+
+    yaml_constructors: ClassVar = {
+        **yaml.SafeLoader.yaml_constructors,
+        "tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_timestamp,
+    }
 
 
 _Loader.add_implicit_resolver(

@@ -78,7 +78,7 @@ class ConnectionMiddleware:
         self._app = app
         self._upload_timeout_s = upload_timeout_s
         self._write_timeout_s = write_timeout_s
-        self._told = False
+        self._told: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -89,9 +89,7 @@ class ConnectionMiddleware:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             upload = _Upload(receive, self._upload_timeout_s)
             connection = Connection.behind(send)
-            if not self._told:
-                self._told = True
-                log.info("where answers are written", to="connection" if connection is not None else "every layer")
+            self._tell("connection" if connection is not None else "every layer")
             scope.setdefault("extensions", {})[CONNECTION] = connection
             answer = _Answer(
                 send, connection, self._write_timeout_s, request_id, chunks=scope.get("http_version") != "1.0"
@@ -103,6 +101,12 @@ class ConnectionMiddleware:
                     raise
             finally:
                 answer.stop()
+
+    def _tell(self, where: str) -> None:
+        """Once each: Serve's own proxy, which may bring the first requests, has no connection to write to."""
+        if where not in self._told:
+            self._told.add(where)
+            log.info("where answers are written", to=where)
 
 
 def _request_id(scope: Scope) -> str:

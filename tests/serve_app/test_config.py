@@ -461,6 +461,13 @@ def test_a_value_that_yaml_cannot_make_is_told(refuse: Refuse, value: str) -> No
     assert problem.expected.startswith("a plain value")
 
 
+def test_a_date_is_no_text_whatever_other_libraries_make_of_it(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_text = yaml.SafeLoader.yaml_constructors["tag:yaml.org,2002:str"]
+    monkeypatch.setitem(yaml.SafeLoader.yaml_constructors, "tag:yaml.org,2002:timestamp", as_text)
+    [problem] = refuse("cluster:\n  name: 2024-01-01" + MODEL)
+    assert problem[1:3] == (2, "cluster.name")
+
+
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: got No such file or directory, expected a file that"):
         load_cluster_config(tmp_path / "none.yaml", {})

@@ -159,6 +159,23 @@ async def test_the_texts_of_tokens_are_kept_as_long_as_the_model_stays_as_it_is(
         assert catalog.find("a").token_texts.alone(2) == "a"
 
 
+@in_virtual_time
+async def test_models_of_one_folder_share_a_tokenizer_until_its_file_is_written_anew(folder: Path) -> None:
+    async with following(Serve("model-a", "model-b", "model-c")) as catalog:
+        await catalog.replace([entry("a", folder), entry("b", folder)])
+        first = catalog.find("a").tokenizer
+        assert catalog.find("b").tokenizer is first
+
+        await catalog.replace([entry("a", folder, max_model_len=32), entry("b", folder)])
+        assert catalog.find("a").tokenizer is first
+
+        file = folder / "tokenizer.json"
+        file.write_text(file.read_text() + "\n")
+        await catalog.replace([entry("a", folder), entry("b", folder), entry("c", folder)])
+        assert catalog.find("a").tokenizer is catalog.find("c").tokenizer is not first
+        assert catalog.find("b").tokenizer is first
+
+
 def test_a_gap_is_put_to_the_model_as_prefix_suffix_and_middle() -> None:
     infilling = Infilling(prefix="<PRE>", suffix="<SUF>", middle="<MID>")
     assert infilling.prompt("def f(", "): pass") == "<PRE>def f(<SUF>): pass<MID>"
