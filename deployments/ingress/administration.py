@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -31,7 +32,7 @@ from deployments.contracts import (
 from deployments.ingress.cards import key_card, team_card
 from deployments.ingress.errors import Conflict, InvalidRequest, ObjectNotFound, PermissionDenied
 from deployments.ingress.query_parameters import QueryParameters
-from deployments.ingress.request_body import Body, parse_body
+from deployments.ingress.request_body import Body, parse_body, parsed
 from deployments.meter.key_values import LARGEST_LIMIT, MAX_LABELS, MAX_MODELS, MAX_TEXT, TEAM_NAME
 from deployments.moments import END_OF_TIME_AT
 
@@ -138,7 +139,7 @@ def administration_routes(
         return _list([key_card(record) for record in (await carried_out(command)).keys])
 
     async def create_key(request: Request) -> Response:
-        body = parse_body(await read_body(request), CreateKeyRequest)
+        body = await parsed(await read_body(request), partial(parse_body, kind=CreateKeyRequest))
         draft = KeyDraft(
             name=body.name,
             owner=body.owner,
@@ -154,7 +155,7 @@ def administration_routes(
         return await about_key(GetKey(request.path_params["key_id"]))
 
     async def update_key(request: Request) -> Response:
-        body = parse_body(await read_body(request), UpdateKeyRequest)
+        body = await parsed(await read_body(request), partial(parse_body, kind=UpdateKeyRequest))
         return await about_key(UpdateKey(request.path_params["key_id"], _changes(body)))
 
     async def rotate_key(request: Request) -> Response:
@@ -167,7 +168,7 @@ def administration_routes(
         return _list([team_card(record) for record in (await carried_out(ListTeams())).teams])
 
     async def set_team(request: Request) -> Response:
-        body = parse_body(await read_body(request), TeamRequest)
+        body = await parsed(await read_body(request), partial(parse_body, kind=TeamRequest))
         answer = await carried_out(SetTeam(request.path_params["name"], _limits(body.limits)))
         return _json(team_card(answer.teams[0]))
 

@@ -6,6 +6,7 @@ import asyncio
 import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import structlog
@@ -40,6 +41,7 @@ from deployments.ingress.errors import (
 )
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.metrics import METRICS_TYPE, PoolState, ingress_counters, metrics_text
+from deployments.ingress.request_body import parsed
 from deployments.ingress.tokenization import Tokenization
 from deployments.ingress.usage_reports import usage_routes
 from deployments.meter.meter_transport import MeterUnreachable
@@ -97,10 +99,10 @@ def build_app(
             try:
                 key = await authenticated(request, dialect)
                 body = await read_body(request)
-                parsed = dialect.parse(body, request.query_params.get("model"))
+                asked = await parsed(body, partial(dialect.parse, query_model=request.query_params.get("model")))
                 completion = Completion(
-                    parsed,
-                    catalog.find(parsed.model),
+                    asked,
+                    catalog.find(asked.model),
                     key,
                     meter,
                     catalog.constraints,

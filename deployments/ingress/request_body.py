@@ -1,22 +1,25 @@
 """JSON bodies checked to the last key: what all their models have in common, and how a caller is told of a mistake.
 
-Parsing holds the event loop, so a large body is looked at first, by what costs next to nothing: how many strings and
-escapes it has, and how long its parameters are. What is left to be parsed takes less than 50 ms:
-tests/deployments/ingress/test_request_body.py has the worst of it.
+A large body is parsed in a worker thread, where each step still keeps the GIL from the event loop. So it is looked at
+first, by what costs next to nothing: how many strings and escapes it has, and how long its parameters are. What is left
+to be parsed takes less than 50 ms: tests/deployments/ingress/test_request_body.py has the worst of it.
 """
 
 from __future__ import annotations
 
 import codecs
+from collections.abc import Callable
 from typing import ClassVar, Final, TypeVar
 
 import msgspec
 import pydantic_core
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deployments.ingress.errors import InvalidRequest
 
-__all__ = ["INT32_MAX", "MAX_PROMPTS", "Body", "parse_body"]
+__all__ = ["INT32_MAX", "MAX_PROMPTS", "Body", "parse_body", "parsed"]
 
 INT32_MAX = 2**31 - 1
 """What engines keep in 32 bits."""
@@ -53,6 +56,18 @@ class Body(BaseModel):
 
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
+
+_parsers = CapacityLimiter(1)
+"""More would only wait for the GIL, each with a body in its hands."""
+
+
+async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:
+    """`parse(body)`, off the event loop if the body is large. Raises what `parse` raises."""
+    if len(body) <= _SMALL_BODY_BYTES:
+        return parse(body)
+    return await run_sync(parse, body, limiter=_parsers)
+
 
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),

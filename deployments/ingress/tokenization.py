@@ -5,6 +5,7 @@ Special tokens are handled as vLLM 0.32 does: `/tokenize` adds those that prompt
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -15,7 +16,7 @@ from pydantic import Field
 from deployments.ingress.catalog import Catalog, ServedModel
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.parameter_types import MAX_MODEL_NAME, NotServed, TokenIds
-from deployments.ingress.request_body import Body, parse_body
+from deployments.ingress.request_body import Body, parse_body, parsed
 
 __all__ = ["DetokenizeRequest", "Tokenization", "TokenizeRequest"]
 
@@ -70,14 +71,14 @@ class Tokenization:
         self._threads = CapacityLimiter(_THREADS)
 
     async def tokenize(self, body: bytes) -> bytes:
-        request = parse_body(body, TokenizeRequest)
+        request = await parsed(body, partial(parse_body, kind=TokenizeRequest))
         model = self._model(request.model)
         if len(request.prompt) <= _INLINE_SIZE:
             return _tokenized(model, request)
         return await run_sync(_tokenized, model, request, limiter=self._threads)
 
     async def detokenize(self, body: bytes) -> bytes:
-        request = parse_body(body, DetokenizeRequest)
+        request = await parsed(body, partial(parse_body, kind=DetokenizeRequest))
         model = self._model(request.model)
         if len(request.tokens) <= _INLINE_SIZE:
             return _detokenized(model, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from deployments.ingress.administration import CreateKeyRequest
 from deployments.ingress.completion_request import CompletionRequest, parse_completion_request
 from deployments.ingress.errors import InvalidRequest
-from deployments.ingress.request_body import Body, parse_body
+from deployments.ingress.request_body import Body, parse_body, parsed
 from deployments.ingress.tokenization import DetokenizeRequest, TokenizeRequest
 
 LIMIT = 8 << 20
@@ -148,3 +149,12 @@ def test_quotes_and_backslashes_of_texts_are_told_from_those_of_json(texts: list
     fields = {"model": "m", "prompt": [*texts, "x" * 70_000], "stop": "\\"}
     data = json.dumps(fields, ensure_ascii=ascii_only).encode()
     assert parse_completion_request(data, CompletionRequest).prompt == fields["prompt"]
+
+
+@pytest.mark.parametrize(("size", "elsewhere"), [(64 * 1024, False), (64 * 1024 + 1, True)])
+async def test_a_large_body_is_parsed_off_the_event_loop(size: int, elsewhere: bool) -> None:
+    def thread_of(data: bytes) -> int:
+        assert len(data) == size
+        return threading.get_ident()
+
+    assert (await parsed(b" " * size, thread_of) != threading.get_ident()) is elsewhere
