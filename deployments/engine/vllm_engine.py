@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 import structlog
 
-from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling
+from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, RepetitionDetection, Sampling
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
 from deployments.engine.step_times import StepTimes
 
@@ -48,8 +48,23 @@ class VllmSettings:
 
 
 _MANY_TOKEN_IDS = 512
-_ANYTHING = "start: /(?s:.*)/"
-"""A grammar that every output has."""
+_EVERYTHING_ASKED = (
+    Sampling(max_tokens=2, grammar="start: /(?s:.*)/"),  # which every output has
+    Sampling(max_tokens=2, temperature=0.0, logprobs=1, prompt_logprobs=1),
+    Sampling(max_tokens=2, logprob_token_ids=(0, 1)),
+    Sampling(max_tokens=2, seed=1, top_k=2, top_p=0.9, min_p=0.1, logit_bias={0: 1.0}, allowed_token_ids=(0, 1)),
+    Sampling(
+        max_tokens=2,
+        min_tokens=1,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        repetition_penalty=1.1,
+        stop_token_ids=(0,),
+        bad_words=("a",),
+        repetition_detection=RepetitionDetection(2, 1, 2),
+    ),
+)
+"""Together they ask for whatever the steps of a generation may do beside the model's own work."""
 
 
 class VllmEngine:
@@ -78,11 +93,15 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import AsyncEngineArgs, AsyncLLMEngine
         from vllm.config import StructuredOutputsConfig
+        from vllm.platforms import current_platform
 
         from deployments.engine._vllm_executor import executor_for
         from deployments.engine._vllm_stats import EngineGauge, stat_loggers
 
         settings = self._settings
+        if settings.enforce_eager and current_platform.is_cpu():
+            # Nor what vLLM compiles beside the model, for log probabilities: a CPU image has no compiler.
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         arguments = AsyncEngineArgs(
             model=str(settings.model),
             served_model_name=settings.served_model_name,
@@ -164,13 +183,24 @@ class VllmEngine:
             await asyncio.to_thread(engine.shutdown)
 
     async def _warm_up(self) -> None:
-        """Do now what vLLM would do at its first request with a grammar, in a turn and in a step that others wait for:
-        import what compiles grammars, and read the tokenizer's vocabulary for it."""
+        """Do now what vLLM would do at the first request that asks for it, in a step that others wait for: compile what
+        counts ranks for log probabilities (half a minute on a machine that has never done it), import what compiles
+        grammars, and read the tokenizer's vocabulary for it."""
+        for alone in _EVERYTHING_ASKED:
+            await self._generated_at_once([alone])
+        await self._generated_at_once(_EVERYTHING_ASKED)  # steps of several are compiled for themselves
+
+    async def _generated_at_once(self, samplings: Sequence[Sampling]) -> None:
         from vllm.inputs import tokens_input
 
-        first = Sampling(max_tokens=1, grammar=_ANYTHING)
-        async for _ in self._engine.generate(tokens_input([0]), _sampling_params(first), request_id="warm-up"):
-            pass
+        async def generated(number: int, sampling: Sampling) -> None:
+            prompt = tokens_input([0, 1, 0])
+            async for _ in self._engine.generate(prompt, _sampling_params(sampling), request_id=f"warm-up-{number}"):
+                pass
+
+        async with asyncio.TaskGroup() as group:
+            for number, sampling in enumerate(samplings):
+                group.create_task(generated(number, sampling))
 
     def _tell_death(self) -> None:
         if not self._death_told:  # every generation notices it

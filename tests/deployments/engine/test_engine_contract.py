@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,12 +32,15 @@ def simulated_engine() -> SimulatedEngine:
 
 
 @pytest.fixture(scope="module", params=["simulated", pytest.param("vllm", marks=VLLM_MARKS)])
-def make_engine(request: pytest.FixtureRequest) -> Callable[[], Engine]:
-    """Makes engines that are not started yet."""
+def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]:
+    """Makes engines that are not started yet, on a machine without a compiler, as images are."""
     if request.param == "simulated":
-        return simulated_engine
+        yield simulated_engine
+        return
     model: Path = request.getfixturevalue("smollm2")
-    return lambda: vllm_engine(model, stall_timeout_s=30.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "no-compiler")
+        yield lambda: vllm_engine(model, stall_timeout_s=30.0)
 
 
 @pytest.fixture(scope="module")

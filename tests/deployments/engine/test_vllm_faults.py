@@ -1,15 +1,18 @@
-"""What becomes of VllmEngine when the process of vLLM's engine core hangs or dies. In the order of the tests."""
+"""VllmEngine and the process of vLLM's engine core: when that compiles, and what becomes of the engine when it hangs or
+dies. In the order of the tests."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from deployments.contracts import Sampling
 from deployments.engine.engine import EngineUnhealthy
 from deployments.engine.vllm_engine import VllmEngine
 from tests.deployments.engine.engines_under_test import (
@@ -25,7 +28,19 @@ pytestmark = VLLM_MARKS
 
 
 @pytest.fixture(scope="module")
-async def engine(smollm2: Path) -> AsyncIterator[VllmEngine]:
+def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where torch tells of each function that the engine core compiles."""
+    importlib.import_module("torch")  # it looks at these variables but once: this process compiles nothing
+    told = tmp_path_factory.mktemp("torch") / "compilations.log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_COMPILE_DISABLE", "0")  # as on GPUs
+        patch.setenv("TORCH_LOGS", "dynamo")
+        patch.setenv("TORCH_LOGS_OUT", str(told))
+        yield told
+
+
+@pytest.fixture(scope="module")
+async def engine(smollm2: Path, compilations: Path) -> AsyncIterator[VllmEngine]:
     engine = vllm_engine(smollm2, stall_timeout_s=5.0)
     await engine.start()
     yield engine
@@ -42,6 +57,30 @@ def test_on_cpus_a_lone_worker_has_no_process_for_which_the_engine_core_would_sp
     """vLLM's own executor on CPUs names it so; the class that takes its place is vLLM's, but has moved before."""
     (core,) = engine_cores()
     assert [child for child in core.children() if "Worker" in " ".join(child.cmdline())] == []
+
+
+ASKED = [
+    greedy(4, logprobs=5),
+    greedy(4, prompt_logprobs=5),
+    greedy(4, logprob_token_ids=(1, 2, 3)),
+    greedy(4, grammar='start: "yes" | "no"'),
+    Sampling(max_tokens=4, seed=7, top_k=10, logprobs=20),
+    Sampling(max_tokens=4, top_p=0.5, min_p=0.2, logit_bias={5: 2.0}),
+    Sampling(max_tokens=4, min_tokens=3, presence_penalty=1.0, repetition_penalty=1.5, stop_token_ids=(9,)),
+    Sampling(max_tokens=4, allowed_token_ids=tuple(range(100)), bad_words=("stone", "river")),
+]
+
+
+async def test_no_request_waits_for_a_compiler(engine: VllmEngine, compilations: Path) -> None:
+    """On a machine that had never compiled it, the first request for log probabilities held every stream of the replica
+    for 28 s."""
+    before = await asyncio.to_thread(compilations.read_text)
+    assert "batched_count_greater_than" in before
+    for number, sampling in enumerate(ASKED):
+        await complete(engine, f"alone {number}", PROMPT, sampling)
+    await asyncio.gather(*(complete(engine, f"{n}", PROMPT * 3, sampling) for n, sampling in enumerate(ASKED)))
+    after = await asyncio.to_thread(compilations.read_text)
+    assert after.removeprefix(before) == ""
 
 
 async def test_an_engine_core_that_hangs_is_unhealthy_until_it_goes_on(engine: VllmEngine) -> None:
