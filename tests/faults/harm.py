@@ -341,6 +341,7 @@ class Harm:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=2**20,
+            start_new_session=True,
         )
         assert sender.stdin is not None
         assert sender.stdout is not None
