@@ -44,7 +44,7 @@ ifdef KEY
 load: export MILLSTREAM_KEY = $(KEY)
 endif
 load: $(DEV) ## load test with a report; SCENARIO=chat (help lists them), URL=, KEY= and MODEL= of a running server, DURATION=seconds
-	$(BIN)/python -m loadtests.run_load $(SCENARIO) $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) \
+	$(BIN)/python -m loadtests.load.run $(SCENARIO) $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) \
 		$(if $(DURATION),--seconds $(DURATION)) $(ARGS)
 
 compare: $(PEERS) ## measure Millstream beside its peers, half an hour, tables into docs/performance.md; ARGS=--help

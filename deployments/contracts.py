@@ -5,8 +5,9 @@ and nothing else. Structs on the step stream are arrays (no field names on the w
 and give them defaults. Encode and decode with `pack` and `unpack`; the msgspec Encoder and Decoder objects cannot be
 pickled and so must not be captured by a class that Serve ships by value.
 
-Couplings: `Submission`, `EngineStep` between deployments/ingress/replica_stream.py and deployments/engine/replica.py;
-`AdmissionRequest`, `Settlement` between deployments/ingress/meter_client.py and deployments/meter/meter.py.
+Couplings: `Submission`, `EngineStep` between deployments/ingress/routing/replica_stream.py and
+deployments/engine/replica.py; `AdmissionRequest`, `Settlement` between deployments/ingress/meter_client.py and
+deployments/meter/meter.py.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class Submission(msgspec.Struct, frozen=True, omit_defaults=True):
     account: Account
     """The client's request, for logs, and to settle it by, should its ingress be gone."""
     meter: str
-    """Serve's name of the deployment that accounts for it (deployments/meter/shards.py)."""
+    """Serve's name of the deployment that accounts for it (deployments/meter/remote/shards.py)."""
     choice: int = 0
     """Its number in the request, over all prompts."""
     resumed: bool = False
@@ -191,7 +192,7 @@ class EngineOrders(msgspec.Struct, frozen=True, array_like=True):
     """Requests that are settled: the replica may forget them."""
     submissions: list[msgspec.Raw]
     """Each a packed `Submission`, so that one that cannot be read harms no other. All of them together are bounded
-    (ORDERS_BYTES in deployments/ingress/replica_stream.py), but for one that is larger alone."""
+    (ORDERS_BYTES in deployments/ingress/routing/replica_stream.py), but for one that is larger alone."""
     aborted: list[int]
     """Generations to be stopped; those that are unknown have ended already."""
 
@@ -271,7 +272,7 @@ class EngineStep(msgspec.Struct, frozen=True, array_like=True):
     """Generations for which the queue has no room, since the message before."""
 
 
-# --- ingress <-> its checkers of constraints (deployments/ingress/constraint_worker.py) ------------------------------
+# --- ingress <-> its checkers of constraints (deployments/ingress/constraints/worker.py) ------------------------------
 
 ConstraintKind = Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
 
@@ -691,7 +692,7 @@ class IngressCounters(msgspec.Struct, array_like=True):
 
 
 class KeyDraft(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A key to be made; the values that are allowed are in deployments/meter/key_values.py."""
+    """A key to be made; the values that are allowed are in deployments/meter/keys/key_values.py."""
 
     name: str
     owner: str | None = None

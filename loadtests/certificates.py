@@ -1,4 +1,4 @@
-"""An authority and certificates of it, as environments of processes (deployments/tls.py)."""
+"""An authority and certificates of it, as environments of processes (deployments/connections/tls.py)."""
 
 from __future__ import annotations
 

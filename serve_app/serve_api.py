@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import httpx
 import msgspec
 
-from deployments.engine.placement import misfit
-from deployments.engine.scaling_board import DECISION_FILES, ShownDecision
+from deployments.scaling.placement import misfit
+from deployments.scaling.scaling_board import DECISION_FILES, ShownDecision
 
 __all__ = ["Application", "Replica", "Resources", "ServeApi", "ServeApiError", "unplaced"]
 

@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deployments.meter.database import open_database
-from deployments.meter.migrations import migrate
+from deployments.meter.ledger.database import open_database
+from deployments.meter.ledger.migrations import migrate
 
 __all__ = ["new_database"]
 

@@ -18,7 +18,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
-from deployments._serve_listener import listen_at_node_address
+from deployments.connections._serve_listener import listen_at_node_address
+from deployments.connections.step_connection import StepServer
 from deployments.contracts import Settlement, pack
 from deployments.engine.engine import Engine
 from deployments.engine.orphans import Orphanage
@@ -27,11 +28,10 @@ from deployments.engine.simulated_engine import SimulatedEngine, vocabulary_of
 from deployments.engine.simulator import SimulatorSettings
 from deployments.engine.vllm_engine import VllmEngine, VllmSettings
 from deployments.logging import configure_logging, log_targets_kept
-from deployments.meter.meter_transport import MeterUnreachable
-from deployments.meter.remote_meter import RemoteMeter
-from deployments.meter.shards import GATEWAY, meter_names
-from deployments.settlement_outbox import SettlementOutbox
-from deployments.step_connection import StepServer
+from deployments.meter.remote.meter_transport import MeterUnreachable
+from deployments.meter.remote.remote_meter import RemoteMeter
+from deployments.meter.remote.shards import GATEWAY, meter_names
+from deployments.settlement.outbox import SettlementOutbox
 from serve_app.config import ModelConfig, SimulatedEngineConfig
 from serve_app.model_source import prepare_model
 
@@ -136,7 +136,7 @@ class EngineDeployment:
         return pack(self._replica.load())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve calls this about twice a second for deployments/engine/autoscaling_policy.py."""
+        """Serve calls this about twice a second for deployments/scaling/engine_policy.py."""
         return self._replica.signals()._asdict()
 
     async def check_health(self) -> None:

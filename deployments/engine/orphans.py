@@ -102,7 +102,7 @@ class Tabs:
 
 
 class Outbox(Protocol):
-    """What a replica needs of deployments/settlement_outbox.py."""
+    """What a replica needs of deployments/settlement/outbox.py."""
 
     def __len__(self) -> int: ...
 

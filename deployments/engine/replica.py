@@ -3,7 +3,7 @@
 One step stream per ingress replica carries the tokens of all its generations here (see step_outbox.py). A stream owns
 its generations: when it ends, for whatever reason, they are aborted, so that an ingress that dies leaves no work
 behind; what they used is settled from here then (orphans.py). The receiving side is
-deployments/ingress/replica_stream.py.
+deployments/ingress/routing/replica_stream.py.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from deployments.contracts import (
     pack,
     unpack,
 )
-from deployments.engine.autoscaling import ReplicaSignals
 from deployments.engine.demand import Demand
 from deployments.engine.engine import Engine, EngineQueueFull, EngineUnhealthy
 from deployments.engine.orphans import Orphanage, Tabs
 from deployments.engine.step_outbox import StepOutbox
+from deployments.scaling.decision import ReplicaSignals
 
 __all__ = ["EngineReplica"]
 

@@ -1,8 +1,8 @@
 """Ray Serve's request router for engine replicas: the caller names the replica, and learns who is in the pool.
 
-The ingress chooses a replica by the load on its step streams (deployments/ingress/engine_pool.py), so this router
-only carries the choice out: every call has the keyword `target`, a replica's unique id. Serve makes a router in the
-calling process and tells it each change of the pool, which it passes on to replica_directory.py.
+The ingress chooses a replica by the load on its step streams (deployments/ingress/routing/engine_pool.py), so this
+router only carries the choice out: every call has the keyword `target`, a replica's unique id. Serve makes a router in
+the calling process and tells it each change of the pool, which it passes on to replica_directory.py.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ MESSAGE_LOGPROBS = 16_384
 """Log probabilities in one message, at most, unless the tokens of one delta have more: the receiver reads a message in
 one turn of its event loop, some 0.5 µs for each."""
 HEARTBEAT_S = 1.0
-"""Longest silence on a healthy stream; coupled with SILENCE_LIMIT_S in deployments/ingress/replica_stream.py."""
+"""Longest silence on a healthy stream; coupled with SILENCE_LIMIT_S in
+deployments/ingress/routing/replica_stream.py."""
 
 
 class StepOutbox:

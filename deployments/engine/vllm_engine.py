@@ -116,7 +116,7 @@ class VllmEngine:
             enforce_eager=settings.enforce_eager,
             enable_prefix_caching=settings.enable_prefix_caching,
             scheduling_policy=settings.scheduling_policy,
-            # The ingress checks constraints with llguidance and hands on its grammars (ingress/constraint_grammar.py).
+            # The ingress checks constraints with llguidance and hands on its grammars (ingress/constraints/grammar.py).
             # Left to itself vLLM chooses by the first request, and holds later ones by what that happened to be.
             structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
             disable_log_stats=True,

@@ -20,13 +20,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.contracts import IngressCounters, KeyInfo
-from deployments.ingress.administration import administration_routes, require_admin
-from deployments.ingress.catalog import Catalog, ServedModel
-from deployments.ingress.completion import ClientGone, Completion
-from deployments.ingress.completion_response import CompletionResponse
-from deployments.ingress.connection import ConnectionMiddleware
-from deployments.ingress.dialect import D3, DIALECTS, Dialect, dialect_of
-from deployments.ingress.documentation import documentation_routes
+from deployments.ingress.api.completions.completion import ClientGone, Completion
+from deployments.ingress.api.completions.dialects import D3, DIALECTS, Dialect, dialect_of
+from deployments.ingress.api.completions.response import CompletionResponse
+from deployments.ingress.api.keys import administration_routes, require_admin
+from deployments.ingress.api.tokens import Tokenization
+from deployments.ingress.api.usage import usage_routes
 from deployments.ingress.errors import (
     ApiError,
     BodyTooLarge,
@@ -39,12 +38,13 @@ from deployments.ingress.errors import (
     UnsupportedEncoding,
     UnsupportedMediaType,
 )
+from deployments.ingress.http.connection_middleware import ConnectionMiddleware
+from deployments.ingress.http.json_body import parsed
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.metrics import METRICS_TYPE, PoolState, ingress_counters, metrics_text
-from deployments.ingress.request_body import parsed
-from deployments.ingress.tokenization import Tokenization
-from deployments.ingress.usage_reports import usage_routes
-from deployments.meter.meter_transport import MeterUnreachable
+from deployments.ingress.openapi.pages import documentation_routes
+from deployments.ingress.routing.catalog import Catalog, ServedModel
+from deployments.meter.remote.meter_transport import MeterUnreachable
 
 __all__ = ["IngressSettings", "build_app"]
 
@@ -227,7 +227,7 @@ def _answer_head(app: FastAPI) -> None:
 
 
 def _usable(model: ServedModel, key: KeyInfo) -> bool:
-    """The meter decides on requests in the same way (deployments/meter/admission.py)."""
+    """The meter decides on requests in the same way (deployments/meter/admission/admission.py)."""
     return key.models is None or any(name in key.models for name in model.entry.names)
 
 

@@ -10,19 +10,19 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from deployments._serve_listener import listen_at_node_address
+from deployments.connections._serve_listener import listen_at_node_address
 from deployments.contracts import IngressCounters, pack
 from deployments.engine.replica_directory import watch_replicas
 from deployments.ingress.app import IngressSettings, build_app
-from deployments.ingress.catalog import Catalog, CatalogEntry
-from deployments.ingress.demand import demand_values
-from deployments.ingress.engine_pool import EnginePool
+from deployments.ingress.inference.write_rounds import WriteRounds
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.metrics import ingress_counters
-from deployments.ingress.serve_transport import ServePeers, ServePools
-from deployments.ingress.write_rounds import WriteRounds
+from deployments.ingress.routing.catalog import Catalog, CatalogEntry
+from deployments.ingress.routing.engine_pool import EnginePool
+from deployments.ingress.routing.serve_pools import ServePeers, ServePools
 from deployments.logging import configure_logging
-from deployments.meter.remote_meter import RemoteMeter
+from deployments.meter.remote.remote_meter import RemoteMeter
+from deployments.scaling.ingress_demand import demand_values
 
 __all__ = ["IngressDeployment"]
 
@@ -90,7 +90,7 @@ class _Ingress:
         await self._catalog.replace([CatalogEntry.model_validate(entry) for entry in user_config["models"]])
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve calls this about twice a second for deployments/ingress/autoscaling_policy.py."""
+        """Serve calls this about twice a second for deployments/scaling/ingress_policy.py."""
         return demand_values(
             {model.entry.name: model.pool.demand() for model in self._catalog.models()}, self._catalog.loop_lag_s
         )

@@ -86,7 +86,7 @@ class ApiError(Exception):
         )
 
     def answer(self) -> ErrorAnswer:
-        """In OpenAI's shape; dialects that have another one are in dialect.py."""
+        """In OpenAI's shape; dialects that have another one are in api/completions/dialects.py."""
         return ErrorAnswer(self.status, self.body(), self.headers())
 
     def headers(self) -> dict[str, str]:
@@ -112,7 +112,7 @@ class InvalidRequest(ApiError):
         kind: str = "value_error",
     ) -> None:
         """`location` is `param` as the path into the body, where it is deeper than one key, and `kind` the mistake in
-        pydantic's words: what the dialects with `{"detail": [...]}` tell (dialect.py)."""
+        pydantic's words: what the dialects with `{"detail": [...]}` tell (api/completions/dialects.py)."""
         super().__init__(message, param=param, code=code)
         self.location = (() if param is None else (param,)) if location is None else location
         self.kind = kind if code is None else code

@@ -1,8 +1,8 @@
 """The ingress's side of the meter: who calls, may they, and what did they use.
 
-Each owner belongs to one meter (deployments/meter/shards.py). Admissions wait for a meter that is being replaced, up to
-a bound; settlements go through an outbox that keeps them until their meter has committed them, and outlives this
-process (deployments/settlement_outbox.py). Free of Ray: `MeterTransport` is the seam.
+Each owner belongs to one meter (deployments/meter/remote/shards.py). Admissions wait for a meter that is being
+replaced, up to a bound; settlements go through an outbox that keeps them until their meter has committed them, and
+outlives this process (deployments/settlement/outbox.py). Free of Ray: `MeterTransport` is the seam.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from deployments.ingress.errors import (
     RateLimitExceeded,
     ServiceUnavailable,
 )
-from deployments.meter.meter_transport import MeterTransport, MeterUnreachable
-from deployments.meter.shards import meter_names, shard_of
-from deployments.settlement_outbox import OUTBOX_SIZE, SettlementOutbox
+from deployments.meter.remote.meter_transport import MeterTransport, MeterUnreachable
+from deployments.meter.remote.shards import meter_names, shard_of
+from deployments.settlement.outbox import OUTBOX_SIZE, SettlementOutbox
 
 __all__ = ["MeterClient"]
 
@@ -55,14 +55,14 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _KEY_CACHE_S = 2.0
-"""Together with the second that a meter takes to notice it (deployments/meter/key_directory.py), the time in which a
-revoked key acts: 5 s at most."""
+"""Together with the second that a meter takes to notice it (deployments/meter/keys/key_directory.py), the time in which
+a revoked key acts: 5 s at most."""
 _KEY_CACHE_SIZE = 10_000
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 _CALL_LIMIT_S = 10.0
 """For one attempt: an admission, of which a meter that lives may make no end, or a batch of settlements."""
 _RENEW_S = 5.0
-"""Far below the times after which a meter gives this ingress up (deployments/meter/reservations.py)."""
+"""Far below the times after which a meter gives this ingress up (deployments/meter/limits/reservations.py)."""
 
 
 class MeterClient:

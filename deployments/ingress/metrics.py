@@ -18,8 +18,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from deployments.contracts import DurationHistogram, DurationSum, IngressCounters, MeterCounters
-from deployments.ingress.catalog import Catalog
 from deployments.ingress.meter_client import MeterClient
+from deployments.ingress.routing.catalog import Catalog
 
 __all__ = ["METRICS_TYPE", "PoolState", "ingress_counters", "metrics_text"]
 

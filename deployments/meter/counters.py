@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Final
 
 from deployments.contracts import DurationSum, MeterCounters, RequestCounter
-from deployments.meter.ledger import Change
+from deployments.meter.ledger.ledger import Change
 
 __all__ = ["Counters"]
 

@@ -14,14 +14,14 @@ from typing import Any, Final
 
 from ray.util import get_node_ip_address
 
-from deployments._serve_listener import listen_at_node_address
+from deployments.connections._serve_listener import listen_at_node_address
 from deployments.contracts import pack
 from deployments.logging import configure_logging
-from deployments.meter.catalogue import MeteredModel
+from deployments.meter.admission.model_catalog import MeteredModel
 from deployments.meter.errors import MeterClosed
-from deployments.meter.keys import ensure_admin_key, key_digest
+from deployments.meter.keys.keys import ensure_admin_key, key_digest
 from deployments.meter.meter import Meter, MeterSettings
-from deployments.meter.meter_connection import MeterServer
+from deployments.meter.remote.meter_connection import MeterServer
 from deployments.meter.service import MeterService
 
 __all__ = ["MeterDeployment"]

@@ -32,22 +32,22 @@ from deployments.contracts import (
     UsageQuery,
     UsageRow,
 )
-from deployments.meter.administration import administer
-from deployments.meter.admission import Admission
-from deployments.meter.catalogue import Catalogue, MeteredModel
+from deployments.meter.admission.admission import Admission
+from deployments.meter.admission.model_catalog import Catalogue, MeteredModel
+from deployments.meter.admission.tokenizer_lanes import TokenizerLanes
 from deployments.meter.counters import Counters
-from deployments.meter.database import open_database
 from deployments.meter.errors import LedgerUnavailable, MeterError
-from deployments.meter.key_directory import KeyDirectory
-from deployments.meter.key_store import KeyStore
-from deployments.meter.ledger import Ledger
-from deployments.meter.limit_book import LimitBook
-from deployments.meter.limits import Demand
-from deployments.meter.refusal_rows import RefusalRows
-from deployments.meter.reservation_journal import ReservationJournal
-from deployments.meter.reservations import Reservation, Reservations, demand_of
-from deployments.meter.spool import Spool
-from deployments.meter.tokenizer_lanes import TokenizerLanes
+from deployments.meter.keys.administration import administer
+from deployments.meter.keys.key_directory import KeyDirectory
+from deployments.meter.keys.key_store import KeyStore
+from deployments.meter.ledger.database import open_database
+from deployments.meter.ledger.ledger import Ledger
+from deployments.meter.ledger.refusal_rows import RefusalRows
+from deployments.meter.ledger.spool import Spool
+from deployments.meter.limits.limit_book import LimitBook
+from deployments.meter.limits.limits import Demand
+from deployments.meter.limits.reservation_journal import ReservationJournal
+from deployments.meter.limits.reservations import Reservation, Reservations, demand_of
 from deployments.meter.worker_threads import WorkerThreads
 
 __all__ = ["Meter", "MeterSettings", "steady_clock"]

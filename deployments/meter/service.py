@@ -6,13 +6,13 @@ from collections.abc import Awaitable, Callable
 
 from deployments.contracts import AdmissionRequest, Settlement, UsageQuery, pack, unpack, unpack_command
 from deployments.meter.meter import Meter
-from deployments.meter.meter_connection import MeterMethod
+from deployments.meter.remote.meter_connection import MeterMethod
 
 __all__ = ["MeterService"]
 
 
 class MeterService:
-    """The methods of deployments/meter/meter_transport.py. Each raises as that of Meter."""
+    """The methods of deployments/meter/remote/meter_transport.py. Each raises as that of Meter."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter

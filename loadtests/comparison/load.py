@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from loadtests.prompts import words
+from loadtests.load.prompts import words
 
 __all__ = ["Endpoint", "Outcome", "Stream", "load"]
 

@@ -28,7 +28,7 @@ _STEADY_TOKENS: Final = 64
 _LEAST_PREFILL_TOKENS_PER_STEP: Final = 1024
 """Of the engines that there are: while others are prefilled, a sequence generates a token for so many prompt tokens."""
 _MOST_PROMPTS: Final = 1024
-"""Of one request (deployments/ingress/completion_request.py)."""
+"""Of one request (deployments/ingress/api/completions/request.py)."""
 _CONTEXT_SHARES: Final = (1 / 8, 1 / 4, 1 / 2, 1)
 """Prompt lengths whose first tokens are timed."""
 _LONGEST_PREFILL_S: Final = 20.0

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.meter.keys import ensure_admin_key
+from deployments.meter.keys.keys import ensure_admin_key
 from serve_app.cli.database import InputError, told_in_a_line
 from serve_app.cluster_api import ClusterApi, ClusterApiError
 from serve_app.config import millstream_home

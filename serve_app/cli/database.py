@@ -20,7 +20,7 @@ from serve_app.running_cluster import ClusterNotFound, database_of_cluster
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from deployments.meter.key_store import KeyStore
+    from deployments.meter.keys.key_store import KeyStore
 
 __all__ = ["ConfigFile", "InputError", "database_url", "key_store", "opened_database", "told_in_a_line"]
 
@@ -51,8 +51,8 @@ def opened_database(config: Path | None) -> Iterator[sa.Engine]:
     with told_in_a_line():
         import sqlalchemy as sa
 
-        from deployments.meter.database import open_database, reason
-        from deployments.meter.migrations import migrate
+        from deployments.meter.ledger.database import open_database, reason
+        from deployments.meter.ledger.migrations import migrate
 
         try:
             engine = open_database(database_url(config))
@@ -69,7 +69,7 @@ def opened_database(config: Path | None) -> Iterator[sa.Engine]:
 
 @contextmanager
 def key_store(config: Path | None) -> Iterator[KeyStore]:
-    from deployments.meter.key_store import KeyStore
+    from deployments.meter.keys.key_store import KeyStore
 
     with opened_database(config) as engine:
         yield KeyStore(engine)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deployments.contracts import KeyChanges, KeyDraft, KeyRecord, Limits
-from deployments.ingress.cards import key_card
-from deployments.moments import parse_moment
+from deployments.resources import key_card
+from deployments.time_parsing import parse_moment
 from serve_app.cli.database import ConfigFile, InputError, key_store
 from serve_app.cli.limit_options import (
     Concurrency,
@@ -25,7 +25,7 @@ from serve_app.cli.limit_options import (
 from serve_app.cli.tables import date_text, print_table
 
 if TYPE_CHECKING:
-    from deployments.meter.key_store import IssuedKey, KeyStore
+    from deployments.meter.keys.key_store import IssuedKey, KeyStore
 
 __all__ = ["find_key", "keys", "limits_text"]
 

@@ -129,7 +129,7 @@ def _simulate(
     replicas_at_start: int | None,
     seed: int,
 ) -> Outcome:
-    from deployments.engine.autoscaling import PoolScaler
+    from deployments.scaling.decision import PoolScaler
     from serve_app.planning.model_pool import (
         PLATFORM_START_UP_S,
         EngineFileError,

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deployments.moments import parse_moment
+from deployments.time_parsing import parse_moment
 from serve_app.cli.database import ConfigFile, InputError, opened_database
 from serve_app.cli.tables import date_text
 
 if TYPE_CHECKING:
-    from deployments.meter.retention import Pruned
+    from deployments.meter.ledger.retention import Pruned
 
 __all__ = ["prune"]
 
@@ -39,8 +39,8 @@ def prune(
     cluster may run.
     """
     with opened_database(config) as engine:
-        from deployments.meter.retention import SETTLED_AFTER_S, kept_from, prunable
-        from deployments.meter.retention import prune as prune_rows
+        from deployments.meter.ledger.retention import SETTLED_AFTER_S, kept_from, prunable
+        from deployments.meter.ledger.retention import prune as prune_rows
 
         now = time.time()
         asked = _asked(older_than, before, now)
@@ -80,7 +80,7 @@ def _asked(older_than: str | None, before: str | None, now: float) -> float:
 
 
 def _total(portions: Iterable[Pruned], done: str) -> Pruned:
-    from deployments.meter.retention import Pruned
+    from deployments.meter.ledger.retention import Pruned
 
     total, said = Pruned(0, 0), time.monotonic()
     for portion in portions:

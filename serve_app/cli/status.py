@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deployments.engine.scaling_board import ShownDecision
-from deployments.meter.keys import ensure_admin_key
+from deployments.meter.keys.keys import ensure_admin_key
+from deployments.scaling.scaling_board import ShownDecision
 from serve_app.cli.database import InputError, told_in_a_line
 from serve_app.cluster_api import ClusterApi, ClusterApiError
 from serve_app.config import millstream_home

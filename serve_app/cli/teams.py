@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deployments.contracts import Limits
-from deployments.ingress.cards import team_card
+from deployments.resources import team_card
 from serve_app.cli.database import ConfigFile, key_store
 from serve_app.cli.keys import limits_text
 from serve_app.cli.limit_options import (

@@ -18,7 +18,7 @@ import psutil
 import typer
 
 from deployments.meter.errors import AdminKeyError
-from deployments.meter.keys import ensure_admin_key
+from deployments.meter.keys.keys import ensure_admin_key
 from serve_app.cli.database import told_in_a_line
 from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
 from serve_app.haproxy_configuration import refusals

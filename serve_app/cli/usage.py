@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deployments.contracts import UsageQuery
-from deployments.ingress.cards import BUCKETS_S, Grouping, parse_grouping, usage_card
-from deployments.moments import parse_moment
+from deployments.resources import BUCKETS_S, Grouping, parse_grouping, usage_card
+from deployments.time_parsing import parse_moment
 from serve_app.cli.database import ConfigFile, InputError, opened_database, told_in_a_line
 from serve_app.cli.keys import find_key
 from serve_app.cli.prune import prune
 from serve_app.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from deployments.meter.key_store import KeyStore
+    from deployments.meter.keys.key_store import KeyStore
 
 __all__ = ["usage"]
 
@@ -56,8 +56,8 @@ def report(
         _check_no_options(context)
         return
     with opened_database(config) as engine:
-        from deployments.meter.key_store import KeyStore
-        from deployments.meter.usage import read_usage
+        from deployments.meter.keys.key_store import KeyStore
+        from deployments.meter.ledger.usage import read_usage
 
         if as_csv and as_json:
             raise InputError("--csv and --json: expected one of them")

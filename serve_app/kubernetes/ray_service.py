@@ -55,8 +55,8 @@ def ray_service(config: ClusterConfig) -> dict[str, Any]:
             "volumeMounts": [AUTOSCALER_ACCOUNT_MOUNT],
         }
     if kubernetes.tls:
-        # KubeRay mounts the certificates and sets the variables of deployments/tls.py in all containers. A Secret made
-        # beforehand would not do: Ray wants the address of each pod in its certificate.
+        # KubeRay mounts the certificates and sets the variables of deployments/connections/tls.py in all containers. A
+        # Secret made beforehand would not do: Ray wants the address of each pod in its certificate.
         cluster["tlsOptions"] = {"enabled": True}
     if kubernetes.redis_address is not None:
         cluster["gcsFaultToleranceOptions"] = {

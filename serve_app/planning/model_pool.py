@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from deployments.engine.autoscaling import ScalingTargets
 from deployments.engine.simulator import SimulatorSettings
+from deployments.scaling.decision import ScalingTargets
 from serve_app.config import ModelConfig, SimulatedEngineConfig
 from serve_app.planning.pool_simulation import PoolSettings
 

@@ -1,7 +1,7 @@
 """A model's pool in virtual time: placement, held requests, start-up, drain, and the scaling policy over them.
 
-The rules are those of deployments/ingress/engine_pool.py (placement, holding, refusing), of
-deployments/engine/autoscaling_policy.py (how often signals come and decisions are made) and of Ray Serve (which
+The rules are those of deployments/ingress/routing/engine_pool.py (placement, holding, refusing), of
+deployments/scaling/engine_policy.py (how often signals come and decisions are made) and of Ray Serve (which
 replicas leave first). Replicas are moved on lazily, when they are looked at, so that the cost is per request, however
 many replicas there are.
 """
@@ -17,8 +17,8 @@ from itertools import repeat
 
 import numpy as np
 
-from deployments.engine.autoscaling import Decision, PoolSignals, ReplicaSignals
 from deployments.engine.simulator import SimulatorSettings
+from deployments.scaling.decision import Decision, PoolSignals, ReplicaSignals
 from serve_app.planning.outcome import Change, Moment, Outcome
 from serve_app.planning.replica_model import ReplicaModel
 from serve_app.planning.workload import Workload
@@ -33,7 +33,7 @@ _TICKS_PER_REPORT = 2
 """Replicas and ingresses report every second: half as often as decisions are made."""
 _CANDIDATES = 8
 _FIRST_TOKENS, _FIRST_TOKENS_S = 256, 5.0
-"""These three as in deployments/ingress/engine_pool.py."""
+"""These three as in deployments/ingress/routing/engine_pool.py."""
 _DRAWS = 1024
 
 
@@ -290,7 +290,7 @@ class PoolSimulation:
 
 
 def _least_loaded(replicas: list[ReplicaModel], now: float) -> ReplicaModel:
-    """By the order of `least_loaded` in deployments/ingress/engine_pool.py; moves them on to `now`."""
+    """By the order of `least_loaded` in deployments/ingress/routing/engine_pool.py; moves them on to `now`."""
     best = replicas[0]
     fewest = math.inf
     for replica in replicas:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from deployments.engine.autoscaling import ReplicaSignals
 from deployments.engine.demand import Demand
 from deployments.engine.simulator import SimulatorSettings
+from deployments.scaling.decision import ReplicaSignals
 
 __all__ = ["ReplicaModel", "Unfinished"]
 

@@ -20,9 +20,9 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from deployments.ingress.app import IngressSettings, build_app
+from tests.deployments.ingress.http.test_connection import served
 from tests.deployments.ingress.memory_gateway import BODY_LIMIT_BYTES, gateway, meter_client_of
 from tests.deployments.ingress.memory_meter import USER_KEY
-from tests.deployments.ingress.test_connection import served
 
 MODULES = Path(os.environ.get("MILLSTREAM_NODE_MODULES") or Path(sys.prefix) / "javascript" / "node_modules")
 """Where requirements/install.sh puts requirements/javascript."""

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.engine.scaling_board import ShownDecision
+from deployments.scaling.scaling_board import ShownDecision
 from serve_app.running_cluster import find_cluster
 from serve_app.serve_api import ServeApi
 from tests.conftest import ROOT, THOROUGH, RunningCluster, eventually, new_home, start_cluster

@@ -1,7 +1,7 @@
 """What clients do to a connection, through HAProxy and Ray Serve: ids of their own, half a close, HTTP that is none.
 
-The time-outs of deployments/ingress/connection.py are in tests/deployments/ingress/test_connection.py, where they are
-short.
+The time-outs of deployments/ingress/http/connection_middleware.py are in
+tests/deployments/ingress/http/test_connection.py, where they are short.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def test_an_ingress_replica_is_small(simulated_cluster: RunningCluster) -> None:
 
 
 async def test_serves_layers_leave_a_way_to_the_connection(simulated_cluster: RunningCluster) -> None:
-    """Fails when Ray Serve or uvicorn changes what deployments/ingress/direct_writes.py knows of them."""
+    """Fails when Ray Serve or uvicorn changes what deployments/ingress/http/direct_writes.py knows of them."""
 
     async def written_to_the_connection() -> bool:
         async with simulated_cluster.client() as client:

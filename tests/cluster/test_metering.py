@@ -15,8 +15,8 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.meter.database import open_database
-from deployments.meter.schema import REQUESTS
+from deployments.meter.ledger.database import open_database
+from deployments.meter.ledger.schema import REQUESTS
 from tests.conftest import MeteredCluster, eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]

@@ -1,5 +1,5 @@
 """The four dialects as their documents and ../shared/completions.md have them, apart from what the program says of them
-(deployments/ingress/dialect.py), and the shapes of their errors."""
+(deployments/ingress/api/completions/dialects.py), and the shapes of their errors."""
 
 from __future__ import annotations
 

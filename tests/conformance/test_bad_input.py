@@ -431,7 +431,8 @@ async def test_a_slow_reader_that_leaves_frees_the_engine(simulated_cluster: Run
 
 @in_virtual_time
 async def test_a_reader_that_stops_is_cut_off(tmp_path: Path) -> None:
-    """In memory, where the 60 s take no time; under uvicorn it is in tests/deployments/ingress/test_connection.py."""
+    """In memory, where the 60 s take no time; under uvicorn it is in
+    tests/deployments/ingress/http/test_connection.py."""
     async with gateway(tmp_path) as gate:
         room = asyncio.Semaphore(5)
         body = json.dumps({"model": "m", "prompt": "hello", "max_tokens": 2000, "stream": True}).encode()

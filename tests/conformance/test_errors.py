@@ -20,9 +20,9 @@ import openai
 import pytest
 from structlog.testing import capture_logs
 
-from deployments.ingress.completion import Completion
-from deployments.ingress.wire import ChoiceDelta
-from deployments.meter.meter_transport import MeterUnreachable
+from deployments.ingress.api.completions.chunks import ChoiceDelta
+from deployments.ingress.api.completions.completion import Completion
+from deployments.meter.remote.meter_transport import MeterUnreachable
 from tests.conformance.faces import D0, D2, EACH_FACE, Face, assert_error, assert_invalid
 from tests.conformance.in_process import app_with_deadline, replayed, speaking
 from tests.conformance.raw_http import STALLS, RawAnswer, connected, request_of

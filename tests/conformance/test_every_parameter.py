@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from deployments.ingress.completion_request import CompletionRequest
+from deployments.ingress.api.completions.request import CompletionRequest
 from tests.conformance import test_parameter_effects
 from tests.conformance.faces import D1, D3
 from tests.conformance.test_parameters import RANGES

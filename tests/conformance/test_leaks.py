@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from deployments.ingress.errors import ApiError, GivenUp, InternalError, NotResumable, RateLimitExceeded
-from deployments.ingress.openapi_answers import error_classes
+from deployments.ingress.openapi.answers import error_classes
 from tests.conformance.leaks import assert_no_leak, leaks_in
 
 LEAKS = [

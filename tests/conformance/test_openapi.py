@@ -26,7 +26,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from deployments.ingress.openapi import openapi_document
+from deployments.ingress.openapi.document import openapi_document
 from tests.conftest import THOROUGH, RunningCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]

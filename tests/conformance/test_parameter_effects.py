@@ -20,7 +20,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
-from deployments.ingress.completion_request import CompletionRequest
+from deployments.ingress.api.completions.request import CompletionRequest
 from tests.conformance.faces import D2, D3, assert_completion, assert_error
 from tests.conftest import RunningCluster
 from tests.deployments.ingress.memory_gateway import events

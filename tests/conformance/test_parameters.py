@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.ingress.completion_request import CompletionRequest
+from deployments.ingress.api.completions.request import CompletionRequest
 from tests.conformance.faces import D3, EACH_FACE, FACES, Face, assert_completion, assert_invalid
 from tests.conftest import RunningCluster
 

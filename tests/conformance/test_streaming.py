@@ -15,8 +15,8 @@ import httpx
 import openai
 import pytest
 
-from deployments.ingress.completion import Completion
-from deployments.ingress.wire import ChoiceDelta
+from deployments.ingress.api.completions.chunks import ChoiceDelta
+from deployments.ingress.api.completions.completion import Completion
 from tests.conformance.faces import EACH_FACE, Face, assert_error, assert_invalid
 from tests.conformance.in_process import app_with_deadline, replayed
 from tests.conformance.leaks import assert_no_leak

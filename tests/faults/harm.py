@@ -34,8 +34,8 @@ import msgspec
 import psutil
 import sqlalchemy as sa
 
-from deployments.meter.database import open_database
-from deployments.meter.schema import REQUESTS
+from deployments.meter.ledger.database import open_database
+from deployments.meter.ledger.schema import REQUESTS
 from serve_app.config import millstream_home
 from serve_app.model_source import prepare_model
 from tests.conftest import ROOT, RunningCluster, new_home, start_cluster

@@ -15,8 +15,8 @@ import httpx
 import sqlalchemy as sa
 import yaml
 
-from deployments.meter.database import open_database
-from deployments.meter.schema import REQUESTS
+from deployments.meter.ledger.database import open_database
+from deployments.meter.ledger.schema import REQUESTS
 from serve_app.kubernetes.groups import GATEWAY_GROUP
 from tests.conftest import eventually
 from tests.rehearsal.cluster import SERVE_PORT, RehearsedCluster

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.engine.autoscaling_policy import PoolPolicy
-from deployments.engine.scaling_board import DECISION_FILES, DecisionBoard, ShownDecision
-from deployments.ingress.catalog import CatalogEntry
+from deployments.ingress.routing.catalog import CatalogEntry
+from deployments.scaling.engine_policy import PoolPolicy
+from deployments.scaling.scaling_board import DECISION_FILES, DecisionBoard, ShownDecision
 from serve_app.applications import GATEWAY, GatewayArguments, ModelArguments, application_name, serve_config
 from serve_app.config import ClusterConfig, ModelConfig, load_cluster_config
 
@@ -175,7 +175,7 @@ def test_between_different_bounds_millstreams_own_policy_decides(folder: Path) -
     assert "num_replicas" not in engine
     scaling = engine["autoscaling_config"]
     assert (scaling["min_replicas"], scaling["max_replicas"]) == (0, 4)
-    assert scaling["policy"]["policy_function"] == "deployments.engine.autoscaling_policy:PoolPolicy"
+    assert scaling["policy"]["policy_function"] == "deployments.scaling.engine_policy:PoolPolicy"
     made = PoolPolicy(**scaling["policy"]["policy_kwargs"])
     assert isinstance(made, PoolPolicy)
     assert scaling["policy"]["policy_kwargs"]["targets"]["target_first_token_s"] == 3.0

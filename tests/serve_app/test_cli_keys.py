@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deployments.contracts import Limits
-from deployments.meter.database import open_database
-from deployments.meter.key_store import KeyStore
-from deployments.meter.keys import key_digest
+from deployments.meter.keys.key_store import KeyStore
+from deployments.meter.keys.keys import key_digest
+from deployments.meter.ledger.database import open_database
 from serve_app.cli import app
 
 

@@ -13,10 +13,10 @@ import sqlalchemy as sa
 import yaml
 from typer.testing import CliRunner, Result
 
-from deployments.meter.database import open_database
-from deployments.meter.ledger_rows import write_settlements
-from deployments.meter.retention import kept_from
-from deployments.meter.schema import REQUESTS, USAGE_HOURS
+from deployments.meter.ledger.database import open_database
+from deployments.meter.ledger.retention import kept_from
+from deployments.meter.ledger.rows import write_settlements
+from deployments.meter.ledger.schema import REQUESTS, USAGE_HOURS
 from serve_app.cli import app
 from tests.deployments.accounts import account, settlement
 from tests.sqlite import new_database

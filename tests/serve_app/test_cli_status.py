@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
-from deployments.engine.scaling_board import ShownDecision
+from deployments.scaling.scaling_board import ShownDecision
 from serve_app.cli import app
 from tests.serve_app.test_running_cluster import POD
 

@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from typer.testing import CliRunner, Result
 
 from deployments.contracts import KeyDraft
-from deployments.meter.database import open_database
-from deployments.meter.key_store import KeyStore
+from deployments.meter.keys.key_store import KeyStore
+from deployments.meter.ledger.database import open_database
 from serve_app.cli import app
 from tests.deployments.ingress.memory_administration import record_hour
 from tests.sqlite import new_database

@@ -10,7 +10,7 @@ import httpx
 import msgspec
 import pytest
 
-from deployments.engine.scaling_board import ShownDecision
+from deployments.scaling.scaling_board import ShownDecision
 from serve_app.serve_api import Application, Replica, ServeApi, ServeApiError
 
 

@@ -23,14 +23,14 @@ from deployments.contracts import (
     unpack,
     unpack_command,
 )
-from deployments.ingress.administration import administration_routes
+from deployments.ingress.api.keys import administration_routes
+from deployments.ingress.api.usage import usage_routes
 from deployments.ingress.errors import ApiError
-from deployments.ingress.usage_reports import usage_routes
-from deployments.meter.administration import administer
-from deployments.meter.database import open_database
-from deployments.meter.key_store import KeyStore
-from deployments.meter.schema import USAGE_HOURS
-from deployments.meter.usage import read_usage
+from deployments.meter.keys.administration import administer
+from deployments.meter.keys.key_store import KeyStore
+from deployments.meter.ledger.database import open_database
+from deployments.meter.ledger.schema import USAGE_HOURS
+from deployments.meter.ledger.usage import read_usage
 from tests.sqlite import new_database
 
 __all__ = ["USER", "Administration", "administration", "record_hour"]

@@ -17,9 +17,9 @@ from structlog.testing import capture_logs
 from deployments.contracts import Settlement
 from deployments.engine.simulator import SimulatorSettings
 from deployments.ingress.app import IngressSettings, build_app
-from deployments.ingress.catalog import Catalog, CatalogEntry
-from deployments.ingress.engine_pool import EnginePool, PoolLimits
 from deployments.ingress.meter_client import MeterClient
+from deployments.ingress.routing.catalog import Catalog, CatalogEntry
+from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
 from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, save_letter_tokenizer
 from tests.deployments.ingress.memory_meter import USER_KEY, MemoryMeter
 from tests.deployments.ingress.memory_replicas import LIMITS, SETTINGS, MemoryReplica, replicas_of

@@ -24,8 +24,8 @@ from deployments.engine.orphans import Orphanage
 from deployments.engine.replica import EngineReplica
 from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import Simulator, SimulatorSettings
-from deployments.ingress.engine_pool import EnginePool, PoolLimits
-from deployments.ingress.replica_stream import ReplicaLost, ReplicaTransport, StepLine
+from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
+from deployments.ingress.routing.replica_stream import ReplicaLost, ReplicaTransport, StepLine
 from tests.deployments.accounts import RecordedOutbox
 from tests.deployments.ingress.virtual_time import write_rounds
 

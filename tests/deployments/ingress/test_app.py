@@ -14,10 +14,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from deployments.contracts import KeyInfo, Sampling
-from deployments.ingress.completion import Completion
-from deployments.ingress.openapi import openapi_document
-from deployments.ingress.wire import ChoiceDelta
-from deployments.meter.meter_transport import MeterUnreachable
+from deployments.ingress.api.completions.chunks import ChoiceDelta
+from deployments.ingress.api.completions.completion import Completion
+from deployments.ingress.openapi.document import openapi_document
+from deployments.meter.remote.meter_transport import MeterUnreachable
 from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, text_of
 from tests.deployments.ingress.memory_gateway import BODY_LIMIT_BYTES, Exchange, Gateway, gateway
 from tests.deployments.ingress.memory_meter import ADMIN_KEY, USER_KEY

@@ -24,7 +24,7 @@ from deployments.ingress.errors import (
     ServiceUnavailable,
 )
 from deployments.ingress.meter_client import MeterClient
-from deployments.meter.meter_transport import MeterUnreachable
+from deployments.meter.remote.meter_transport import MeterUnreachable
 from tests.deployments import accounts
 from tests.deployments.ingress.memory_gateway import meter_client_of
 from tests.deployments.ingress.memory_meter import USER_KEY, MemoryMeter

@@ -21,7 +21,7 @@ from deployments.contracts import (
 )
 from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.metrics import PoolState, metrics_text
-from deployments.meter.meter_transport import MeterUnreachable
+from deployments.meter.remote.meter_transport import MeterUnreachable
 from tests.deployments.ingress.memory_gateway import (
     AUTHORIZED,
     BODY_LIMIT_BYTES,

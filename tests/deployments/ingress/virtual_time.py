@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
-from deployments.ingress.write_rounds import WriteRounds
+from deployments.ingress.inference.write_rounds import WriteRounds
 
 __all__ = ["in_virtual_time", "quiet", "run_in_virtual_time", "write_rounds"]
 

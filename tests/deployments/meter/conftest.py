@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from deployments.meter.database import open_database
-from deployments.meter.migrations import migrate
+from deployments.meter.ledger.database import open_database
+from deployments.meter.ledger.migrations import migrate
 from tests.postgres import PostgresServer
 from tests.sqlite import new_database
 

@@ -7,8 +7,8 @@ from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from deployments.meter.ledger import Ledger
-from deployments.meter.spool import Spool
+from deployments.meter.ledger.ledger import Ledger
+from deployments.meter.ledger.spool import Spool
 from tests.deployments.accounts import settlement
 
 __all__ = ["CALLERS", "record_until_killed"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.contracts import Account, AdmissionRequest, Admitted, Settlement
-from deployments.meter.keys import key_digest
+from deployments.meter.keys.keys import key_digest
 from deployments.meter.meter import Meter, MeterSettings
 from tests.sqlite import new_database
 

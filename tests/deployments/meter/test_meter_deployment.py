@@ -29,9 +29,9 @@ from deployments.contracts import (
 from deployments.meter import deployment
 from deployments.meter.deployment import MeterDeployment
 from deployments.meter.errors import AdminKeyError, MeterClosed
-from deployments.meter.keys import ADMIN_KEY_VARIABLE, key_digest
-from deployments.meter.meter_transport import MeterUnreachable
-from deployments.meter.remote_meter import RemoteMeter
+from deployments.meter.keys.keys import ADMIN_KEY_VARIABLE, key_digest
+from deployments.meter.remote.meter_transport import MeterUnreachable
+from deployments.meter.remote.remote_meter import RemoteMeter
 from tests.deployments.meter.running_meter import settlement
 from tests.deployments.meter.tiny_tokenizer import save_tiny_tokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.engine.autoscaling import Decision, PoolScaler, PoolSignals, ScalingTargets
 from deployments.engine.simulator import SimulatorSettings
+from deployments.scaling.decision import Decision, PoolScaler, PoolSignals, ScalingTargets
 from serve_app.planning.outcome import Outcome
 from serve_app.planning.pool_simulation import Policy, PoolSettings, PoolSimulation
 from serve_app.planning.workload import PoissonWorkload, RateStage, TokenRange, TraceRow, TraceWorkload

@@ -1,0 +1,1 @@
+"""Connections between the cluster's processes, apart from what they carry."""

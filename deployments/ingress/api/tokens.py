@@ -1,0 +1,123 @@
+"""Texts to token ids and back, for callers who count or cut prompts: vLLM's `/tokenize` and `/detokenize`.
+
+Special tokens are handled as vLLM 0.32 does: `/tokenize` adds those that prompts get, `/detokenize` keeps all.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Any
+
+import msgspec
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from pydantic import Field
+
+from deployments.ingress.api.parameter_types import MAX_MODEL_NAME, NotServed, TokenIds
+from deployments.ingress.errors import InvalidRequest
+from deployments.ingress.http.json_body import Body, parse_body, parsed
+from deployments.ingress.routing.catalog import Catalog, ServedModel
+
+__all__ = ["DetokenizeRequest", "Tokenization", "TokenizeRequest"]
+
+_INLINE_SIZE = 2048
+"""Characters or token ids handled on the event loop: well under a millisecond. More goes to a thread."""
+_THREADS = 2
+_MAX_TOKENS = 2**18
+"""Of one text: what its answer tells is made with the GIL held."""
+
+_CHAT = "only a prompt can be tokenized, not a chat"
+
+
+_ModelName = Annotated[str, Field(max_length=MAX_MODEL_NAME)]
+
+
+class TokenizeRequest(Body):
+    content = frozenset({"prompt"})
+
+    model: _ModelName | None = None
+    """Name of the model; may be left out where the server has only one."""
+    prompt: str
+    """The text."""
+    add_special_tokens: bool | None = True
+    """With the special tokens that the model's tokenizer puts around a text."""
+    return_token_strs: bool | None = False
+    """With the tokens as they stand in the vocabulary."""
+
+    messages: Annotated[None, NotServed(_CHAT)] = None
+    add_generation_prompt: Annotated[bool | None, NotServed(_CHAT)] = None
+    continue_final_message: Annotated[bool | None, NotServed(_CHAT, neutral=False)] = None
+    chat_template: Annotated[None, NotServed(_CHAT)] = None
+    chat_template_kwargs: Annotated[None, NotServed(_CHAT)] = None
+    media_io_kwargs: Annotated[None, NotServed(_CHAT)] = None
+    mm_processor_kwargs: Annotated[None, NotServed(_CHAT)] = None
+    tools: Annotated[None, NotServed(_CHAT)] = None
+
+
+class DetokenizeRequest(Body):
+    content = frozenset({"tokens"})
+
+    model: _ModelName | None = None
+    """Name of the model; may be left out where the server has only one."""
+    tokens: TokenIds
+    """Token ids."""
+
+
+class Tokenization:
+    """All methods answer a JSON body, and raise InvalidRequest and ModelNotFound."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._threads = CapacityLimiter(_THREADS)
+
+    async def tokenize(self, body: bytes) -> bytes:
+        request = await parsed(body, partial(parse_body, kind=TokenizeRequest))
+        model = self._model(request.model)
+        if len(request.prompt) <= _INLINE_SIZE:
+            return _tokenized(model, request)
+        return await run_sync(_tokenized, model, request, limiter=self._threads)
+
+    async def detokenize(self, body: bytes) -> bytes:
+        request = await parsed(body, partial(parse_body, kind=DetokenizeRequest))
+        model = self._model(request.model)
+        if len(request.tokens) <= _INLINE_SIZE:
+            return _detokenized(model, request)
+        return await run_sync(_detokenized, model, request, limiter=self._threads)
+
+    def _model(self, name: str | None) -> ServedModel:
+        if name is not None:
+            return self._catalog.find(name)
+        models = self._catalog.models()
+        if len(models) != 1:
+            raise InvalidRequest(
+                "Missing required parameter: 'model'. GET /v1/models lists the models.", param="model", kind="missing"
+            )
+        return models[0]
+
+
+def _tokenized(model: ServedModel, request: TokenizeRequest) -> bytes:
+    # Unlike `encode` it does not hold the GIL (deployments/meter/admission/tokenizer.py).
+    [encoding] = model.tokenizer.encode_batch_fast(
+        [request.prompt], add_special_tokens=request.add_special_tokens is not False
+    )
+    if len(encoding) > _MAX_TOKENS:
+        raise InvalidRequest(f"The text has {len(encoding)} tokens; expected at most {_MAX_TOKENS}.", param="prompt")
+    tokens: list[int] = encoding.ids
+    answer: dict[str, Any] = {
+        "count": len(tokens),
+        "max_model_len": model.entry.max_model_len,
+        "tokens": tokens,
+        # Not by `map`, which would keep the GIL from all other threads until its end.
+        "token_strs": [model.tokenizer.id_to_token(token) for token in tokens] if request.return_token_strs else None,
+    }
+    return msgspec.json.encode(answer)
+
+
+def _detokenized(model: ServedModel, request: DetokenizeRequest) -> bytes:
+    tokens = request.tokens
+    for token_id in set(tokens):
+        if model.tokenizer.id_to_token(token_id) is None:
+            raise InvalidRequest(f"Token id {token_id} is out of vocabulary.", param="tokens")
+    # Unlike `decode` it does not hold the GIL.
+    [text] = model.tokenizer.decode_batch([tokens], skip_special_tokens=False)
+    return msgspec.json.encode({"prompt": text})

@@ -1,0 +1,1 @@
+"""HTTP beneath the endpoints: connections, bodies, queries."""

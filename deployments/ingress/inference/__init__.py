@@ -1,0 +1,1 @@
+"""What every generating endpoint shares: generations, and the text that becomes of their tokens."""

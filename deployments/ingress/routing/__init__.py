@@ -1,0 +1,1 @@
+"""Which replica a generation goes to, and the streams to and from them."""

@@ -1,0 +1,188 @@
+"""The decision on one request: whose it is, whether they may, how many tokens it is, and whether there is room.
+
+Coupled with deployments/ingress/meter_client.py through contracts.AdmissionRequest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from deployments.contracts import Account, AdmissionRefused, AdmissionRequest, Admitted, Limits, owner_of
+from deployments.meter.admission.model_catalog import Catalogue, MeteredModel
+from deployments.meter.admission.prompts import encode_prompts
+from deployments.meter.keys.key_directory import KeyDirectory, KeyState
+from deployments.meter.limits.limit_book import LimitBook
+from deployments.meter.limits.limits import LimitState, Refusal, check, rate_limits
+from deployments.meter.limits.reservations import Reservation, Reservations, demand_of
+
+__all__ = ["Admission"]
+
+_NO_LIMITS: Final = Limits()
+_MOST_TOKENS: Final = 8
+"""Per character of a text, and special tokens of each: no tokenizer should make more."""
+_MAX_UNDECIDED: Final = 1024
+"""Admissions of one owner that wait at a time, for the database or a thread, and the characters and token ids of them
+together: memory that it may take, far less than makes a meter stop reading
+(deployments/meter/remote/meter_connection.py)."""
+_MAX_UNDECIDED_SIZE: Final = 64 * 2**20
+
+
+class _Undecided(NamedTuple):
+    """What one owner has."""
+
+    requests: int
+    size: int
+
+
+class Admission:
+    """For use on one event loop. `clock` gives Unix time in seconds and never goes back."""
+
+    def __init__(
+        self,
+        keys: KeyDirectory,
+        catalogue: Catalogue,
+        book: LimitBook,
+        reservations: Reservations,
+        clock: Callable[[], float],
+    ) -> None:
+        self._keys = keys
+        self._catalogue = catalogue
+        self._book = book
+        self._reservations = reservations
+        self._clock = clock
+        self._undecided: dict[str, _Undecided] = {}
+
+    async def decide(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
+        """Reserves what it admits. Cheap refusals come first, and one that waits holds up no other. Raises
+        MeterError."""
+        self._reservations.cancel(request.request_id)  # asked before, and the answer was lost
+        owner, size = owner_of(request.key_id, request.team), sum(map(len, request.prompts))
+        has = self._undecided.get(owner, _Undecided(0, 0))
+        if has.requests >= _MAX_UNDECIDED or (has.requests and has.size + size > _MAX_UNDECIDED_SIZE):
+            return _too_many_at_once(request)
+        self._undecided[owner] = _Undecided(has.requests + 1, has.size + size)
+        try:
+            return await self._decide(request)
+        finally:
+            has = self._undecided.pop(owner)
+            if has.requests > 1:
+                self._undecided[owner] = _Undecided(has.requests - 1, has.size - size)
+
+    async def _decide(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
+        key = await self._keys.find(request.key_id)
+        if key is None:
+            return AdmissionRefused("invalid_api_key", "This API key was revoked or has expired.")
+        entry = self._catalogue.find(request.model)
+        if entry is None:
+            return AdmissionRefused("model_not_found", f"The model `{request.model}` does not exist.", param="model")
+        model = entry.model
+        if not model.usable_with(key.record.models):
+            return AdmissionRefused(
+                "model_not_allowed", f"This API key may not use the model `{model.name}`.", param="model"
+            )
+        now, states = await self._states(key)
+        refusal = _foreseeable(request, model, states, now)
+        if refusal is not None:
+            return _refused(refusal, states, now)
+        token_ids = await encode_prompts(entry, request)
+        if isinstance(token_ids, AdmissionRefused):
+            return token_ids
+        return self._reserve(request, model, token_ids, *await self._states(key))
+
+    def _reserve(
+        self,
+        request: AdmissionRequest,
+        model: MeteredModel,
+        token_ids: list[list[int]],
+        now: float,
+        states: tuple[LimitState, ...],
+    ) -> Admitted | AdmissionRefused:
+        """Not a coroutine: nothing may happen between the check and the reservation."""
+        if self._reservations.is_settled(request.request_id):
+            # Nobody waits for this answer, and nobody would settle the reservation.
+            return AdmissionRefused("rate_limit_exceeded", "The request was given up before it could be admitted.")
+        self._reservations.cancel(request.request_id)  # of an attempt that was tokenizing at the same time
+        self._reservations.ensure_room()
+        account = _account(request, model, sum(map(len, token_ids)), now)
+        demand = demand_of(account)
+        refusal = check(states, now, demand)
+        if refusal is not None:
+            return _refused(refusal, states, now)
+        holds = tuple([state.take(now, demand) for state in states])
+        self._reservations.reserve(Reservation(account, request.ingress_id, holds), now)
+        return Admitted(
+            token_ids,
+            admitted_at=now,
+            reserved_tokens=account.reserved_tokens,
+            prompt_price=model.prompt_price,
+            completion_price=model.completion_price,
+            rate_limits=rate_limits(states, now),
+        )
+
+    async def _states(self, key: KeyState) -> tuple[float, tuple[LimitState, ...]]:
+        """Now, and the limits of a key and its team as they are now, with all that was used."""
+        record = key.record
+        while True:
+            now, states = self._clock(), self._book.states(record.id, record.team)
+            for state, limits in zip(states, (record.limits, key.team_limits or _NO_LIMITS), strict=False):
+                if state.limits is not limits:
+                    state.limits = limits
+            if not any(state.unloaded(now) for state in states):
+                return now, states
+            await self._book.load(record.id, record.team)
+
+
+def _account(request: AdmissionRequest, model: MeteredModel, prompt_tokens: int, now: float) -> Account:
+    choices = len(request.prompts) * request.choices
+    return Account(
+        request_id=request.request_id,
+        key_id=request.key_id,
+        model=model.name,
+        prompt_tokens=prompt_tokens,
+        choices=choices,
+        team=request.team,
+        dialect=request.dialect,
+        caller_request_id=request.caller_request_id,
+        started_at=request.started_at,
+        admitted_at=now,
+        reserved_tokens=prompt_tokens + choices * request.max_tokens,
+        prompt_price=model.prompt_price,
+        completion_price=model.completion_price,
+    )
+
+
+def _foreseeable(
+    request: AdmissionRequest, model: MeteredModel, states: Sequence[LimitState], now: float
+) -> Refusal | None:
+    """The refusal of a request that is refused whatever its prompts are. None where they must be known, and be it to
+    tell for how long."""
+    if not any(state.is_crowded(now) for state in states):
+        return None
+    fewest = len(request.prompts)
+    most = sum([_MOST_TOKENS * len(prompt) + _MOST_TOKENS for prompt in request.prompts])
+    refusal, of_most = (
+        check(states, now, demand_of(_account(request, model, tokens, now))) for tokens in (fewest, most)
+    )
+    if refusal is None or of_most is None or refusal.retry_after_s != of_most.retry_after_s:
+        return None
+    return refusal
+
+
+def _too_many_at_once(request: AdmissionRequest) -> AdmissionRefused:
+    whose = "this key" if request.team is None else f"the team {request.team}"
+    return AdmissionRefused(
+        "rate_limit_exceeded",
+        f"Too many requests of {whose} wait to be admitted: at most {_MAX_UNDECIDED} at a time, with at most "
+        f"{_MAX_UNDECIDED_SIZE} characters and token ids together.",
+        retry_after_s=1.0,
+    )
+
+
+def _refused(refusal: Refusal, states: Sequence[LimitState], now: float) -> AdmissionRefused:
+    return AdmissionRefused(
+        refusal.code,
+        refusal.message,
+        retry_after_s=refusal.retry_after_s,
+        rate_limits=rate_limits(states, now),
+    )

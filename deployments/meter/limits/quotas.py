@@ -1,0 +1,67 @@
+"""How much an owner has used in the day or month that runs, in UTC. Pure: time is an argument, Unix time in seconds.
+
+A request belongs to the day in which it arrived, as in the ledger (deployments/meter/ledger/schema.py, USAGE_HOURS),
+which is asked once for each day and month; from then on what is committed is added up here.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Literal, NamedTuple
+
+__all__ = ["Period", "PeriodName", "Quota", "period_at"]
+
+PeriodName = Literal["day", "month"]
+_DAY_S = 86_400
+
+
+class Period(NamedTuple):
+    begins_at: float
+    ends_at: float
+    """Exclusive."""
+
+
+def period_at(name: PeriodName, at: float) -> Period:
+    """The day or month of UTC that `at` lies in."""
+    if name == "day":
+        begins_at = float(at // _DAY_S * _DAY_S)
+        return Period(begins_at, begins_at + _DAY_S)
+    first = datetime.fromtimestamp(at, UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    following = first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
+    return Period(first.timestamp(), following.timestamp())
+
+
+class Quota:
+    """Used by one owner in the running day or month; unknown until it is loaded."""
+
+    def __init__(self, name: PeriodName) -> None:
+        self.name: PeriodName = name
+        self._period = Period(0.0, 0.0)
+        self._tokens = 0
+        self._cost = 0.0
+
+    def is_loaded(self, now: float) -> bool:
+        """Whether it knows the period that runs."""
+        return self._period.begins_at <= now < self._period.ends_at
+
+    def load(self, period: Period, tokens: int, cost: float) -> None:
+        """What the ledger has of `period`."""
+        self._period, self._tokens, self._cost = period, tokens, cost
+
+    def add(self, started_at: float, tokens: int, cost: float) -> None:
+        """The ledger has gained this, of a request that arrived at `started_at`; negative when a row was replaced."""
+        if self.is_loaded(started_at):
+            self._tokens += tokens
+            self._cost += cost
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    @property
+    def cost(self) -> float:
+        return self._cost
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until the next period begins."""
+        return self._period.ends_at - now

@@ -1,0 +1,1 @@
+"""A meter as the processes that need one reach it."""

@@ -1,0 +1,1 @@
+"""What runs in Serve's controller: how many replicas each deployment needs."""

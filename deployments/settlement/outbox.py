@@ -1,0 +1,294 @@
+"""Settlements that no meter has acknowledged yet: kept through the death of a meter, and of the process that has them.
+
+Each process that witnesses what requests use, ingress or engine replica, has one outbox: a dictionary, and beside it a
+file to which each settlement is appended before anybody is told that its request has ended. The file outlives a process
+that is killed (not a power cut: it is not synced, since the meter syncs milliseconds later), and whoever of the same
+node finds that its owner is gone adopts it. A lock on the file tells that its owner lives; the kernel lets go of it
+when a process dies, however it dies.
+
+A note is what a request has used so far, for the case that this process dies before it can settle it: it is in the file
+alone, and sent by whoever adopts that.
+
+What is sent twice is recorded once (deployments/meter/ledger/ledger.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from deployments.contracts import Settlement, pack, unpack
+from deployments.settlement.record_file import append_whole, framed, read_records
+from deployments.settlement.record_rewrite import RecordRewrite, draft_of
+
+__all__ = ["OUTBOX_SIZE", "SettlementOutbox"]
+
+log = structlog.get_logger()
+
+OUTBOX_SIZE = 50_000
+"""Settlements that wait, at which nothing more should be admitted."""
+_SEND_AT_ONCE = 1000
+_RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
+_ADOPT_S = 5.0
+_ADOPT_AT_ONCE = 200
+_COMPACT_BYTES = 4 * 2**20
+_SUFFIX = ".outbox"
+
+
+class _Entry(msgspec.Struct, frozen=True, array_like=True):
+    """One record of the file."""
+
+    meter: str
+    settlement: Settlement
+
+
+class _Waiting(NamedTuple):
+    settlement: Settlement
+    acknowledged: Callable[[], None] | None
+
+
+class SettlementOutbox:
+    """Sends to each meter apart, so that one that is away holds up no other's. For use on one event loop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        send: Callable[[str, list[Settlement]], Awaitable[None]],
+        *,
+        call_limit_s: float = 10.0,
+    ) -> None:
+        """`folder` is shared by the processes of a node, made if missing; `name` is this one's. `send(meter,
+        settlements)` makes one attempt; returning is the acknowledgement."""
+        self._folder = folder
+        self._path = folder / f"{name}{_SUFFIX}"
+        self._send = send
+        self._call_limit_s = call_limit_s
+        self._waiting: dict[str, dict[tuple[str, str], _Waiting]] = {}
+        """By meter, then by request and witness."""
+        self._notes: dict[str, tuple[str, Settlement]] = {}
+        """By request, with its meter."""
+        self._senders: dict[str, asyncio.Task[None]] = {}
+        self._adopter: asyncio.Task[None] | None = None
+        self._emptied = asyncio.Event()
+        self._bytes = 0
+        self._compact_at_bytes = _COMPACT_BYTES
+        self._rewrite: RecordRewrite | None = None
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file = self._open_own()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def lag_s(self, now: float) -> float:
+        """How long ago the oldest that waits was made, by `now` in Unix seconds; 0 when none does."""
+        oldest = [next(iter(waiting.values())).settlement for waiting in self._waiting.values() if waiting]
+        return max((max(0.0, now - each.account.started_at - each.total_s) for each in oldest), default=0.0)
+
+    # --- in the order in which they happen --------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self._adopter = asyncio.create_task(self._adopt_for_ever(), name="settlements-adopter")
+
+    def put(self, meter: str, settlement: Settlement, acknowledged: Callable[[], None] | None = None) -> None:
+        """Never waits and never fails: from now on the settlement will be recorded, even if this process is killed,
+        unless its disk is full as well. `acknowledged` is called once the meter has it."""
+        self._keep(meter, settlement)
+        self._notes.pop(settlement.account.request_id, None)
+        self._queue(meter, settlement, acknowledged)
+
+    def note(self, meter: str, settlement: Settlement) -> None:
+        """Like `put`, but sent only if this process dies before it puts a settlement of the same request or withdraws
+        this. Nothing where one of this process waits already."""
+        request_id = settlement.account.request_id
+        if (request_id, "ingress") not in self._waiting.get(meter, {}):
+            self._keep(meter, settlement)
+            self._notes[request_id] = (meter, settlement)
+
+    def withdraw(self, request_ids: Iterable[str]) -> None:
+        """Their notes are not needed any more."""
+        for request_id in request_ids:
+            self._notes.pop(request_id, None)
+        self._try_to_shorten()
+
+    async def close(self, limit_s: float = 10.0) -> None:
+        """Give the meters a bounded time to take what waits; what they do not take stays in the file. Safe twice."""
+        if self._adopter is not None:
+            self._adopter.cancel()
+            await asyncio.wait([self._adopter])
+            self._adopter = None
+        try:
+            async with asyncio.timeout(limit_s):
+                while len(self):
+                    self._emptied.clear()
+                    await self._emptied.wait()
+        except TimeoutError:
+            log.error("settlements left to be adopted", count=len(self), file=self._path.name)
+        for sender in self._senders.values():
+            sender.cancel()
+        if self._senders:
+            await asyncio.wait(self._senders.values())
+        self._senders.clear()
+        self._abandon_rewrite()
+        if self._file >= 0:
+            if not (len(self) or self._notes):
+                self._path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+
+    # --- sending ----------------------------------------------------------------------------------------------------
+
+    def _queue(self, meter: str, settlement: Settlement, acknowledged: Callable[[], None] | None) -> None:
+        waiting = self._waiting.setdefault(meter, {})
+        waiting[settlement.account.request_id, settlement.witness] = _Waiting(settlement, acknowledged)
+        sender = self._senders.get(meter)
+        if sender is None or sender.done():
+            self._senders[meter] = asyncio.create_task(self._send_all(meter), name=f"settlements-{meter}")
+
+    async def _send_all(self, meter: str) -> None:
+        waiting = self._waiting[meter]
+        retry_s = _RETRY_FIRST_S
+        while waiting:
+            batch = list(waiting.items())[:_SEND_AT_ONCE]
+            try:
+                async with asyncio.timeout(self._call_limit_s):
+                    await self._send(meter, [each.settlement for _, each in batch])
+            except Exception as error:  # whatever it is: without this task nothing would ever be settled again
+                log.warning("settlements not taken, will retry", meter=meter, count=len(waiting), reason=repr(error))
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, _RETRY_MAX_S)
+                continue
+            retry_s = _RETRY_FIRST_S
+            for key, sent in batch:
+                if waiting.get(key) is sent:  # else it was put again meanwhile
+                    del waiting[key]
+                if sent.acknowledged is not None:
+                    sent.acknowledged()
+            self._try_to_shorten()
+            if not len(self):
+                self._emptied.set()
+
+    # --- the file ---------------------------------------------------------------------------------------------------
+
+    def _open_own(self) -> int:
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, self._path):
+                return file
+            os.close(file)  # taken for one that was left, and adopted, before it could be locked
+
+    def _keep(self, meter: str, settlement: Settlement) -> None:
+        try:
+            self._append(pack(_Entry(meter, settlement)))
+        except OSError as error:
+            log.error("settlement only in memory", request=settlement.account.request_id, reason=repr(error))
+
+    def _append(self, record: bytes) -> None:
+        data = framed([record])
+        if self._rewrite is not None:
+            self._rewrite.append(data)
+        self._bytes = append_whole(self._file, data, self._bytes)
+
+    def _try_to_shorten(self) -> None:
+        try:
+            self._shorten()
+        except OSError as error:
+            log.error("outbox not shortened", file=self._path.name, reason=repr(error))
+            self._abandon_rewrite()
+            self._compact_at_bytes = 2 * self._bytes + _COMPACT_BYTES
+
+    def _shorten(self) -> None:
+        if not (len(self) or self._notes):
+            self._abandon_rewrite()
+            os.ftruncate(self._file, 0)
+            self._bytes = 0
+        elif self._rewrite is not None:
+            if self._rewrite.is_ready():
+                self._put_in_place(self._rewrite)
+        elif self._bytes > self._compact_at_bytes:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Only what waits and is noted, in a new file that takes the place of the old one once a thread has made it."""
+        waiting = [(meter, list(some.values())) for meter, some in self._waiting.items()]
+        notes = list(self._notes.values())
+        entries = chain(((meter, each.settlement) for meter, some in waiting for each in some), notes)
+        self._rewrite = RecordRewrite(self._path, (pack(_Entry(meter, settlement)) for meter, settlement in entries))
+
+    def _put_in_place(self, rewrite: RecordRewrite) -> None:
+        new = rewrite.finish()
+        os.rename(draft_of(self._path), self._path)
+        old, self._file, self._rewrite = self._file, new, None
+        os.close(old)
+        self._bytes = os.fstat(new).st_size
+        self._compact_at_bytes = 2 * self._bytes + _COMPACT_BYTES
+
+    def _abandon_rewrite(self) -> None:
+        if self._rewrite is not None:
+            self._rewrite.abandon()
+            self._rewrite = None
+
+    # --- adoption ---------------------------------------------------------------------------------------------------
+
+    async def _adopt_for_ever(self) -> None:
+        while True:
+            try:
+                await self.adopt()
+            except Exception as error:  # whatever it is: without this task nothing would ever be adopted again
+                log.error("outboxes not looked through", reason=repr(error))
+            await asyncio.sleep(_ADOPT_S)
+
+    async def adopt(self) -> None:
+        """Take over what processes that are gone have left in the folder."""
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            if path != self._path:
+                await self._adopt(path)
+
+    async def _adopt(self, path: Path) -> None:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return  # adopted by another
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # its owner lives
+            if not _is_at(file, path):
+                return  # adopted, or rewritten by its owner, since it was opened
+            records = read_records(os.pread(file, os.fstat(file).st_size, 0)).records
+            for number, record in enumerate(records, 1):
+                try:
+                    entry = unpack(record, _Entry)
+                except msgspec.DecodeError as error:
+                    log.error("settlement of another version", file=path.name, record=record.hex(), reason=str(error))
+                    continue
+                self.put(entry.meter, entry.settlement)
+                log.info(
+                    "settlement adopted",
+                    completion=entry.settlement.account.request_id,
+                    witness=entry.settlement.witness,
+                    parts=entry.settlement.parts,
+                )
+                if number % _ADOPT_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # streams go on
+            os.unlink(path)
+            draft_of(path).unlink(missing_ok=True)
+        finally:
+            os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

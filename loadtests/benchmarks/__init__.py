@@ -1,0 +1,1 @@
+"""What parts cost, each measured by itself."""
