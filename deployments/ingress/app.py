@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.contracts import IngressCounters, KeyInfo
-from deployments.ingress.api.completions.completion import ClientGone, Completion
+from deployments.ingress.api.completions.completion import Completion
 from deployments.ingress.api.completions.dialects import D3, DIALECTS, Dialect, dialect_of
 from deployments.ingress.api.completions.response import CompletionResponse
 from deployments.ingress.api.keys import administration_routes, require_admin
@@ -29,6 +29,7 @@ from deployments.ingress.api.usage import usage_routes
 from deployments.ingress.errors import (
     ApiError,
     BodyTooLarge,
+    ClientGone,
     ErrorAnswer,
     InternalError,
     InvalidApiKey,

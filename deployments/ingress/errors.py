@@ -16,6 +16,7 @@ from deployments.contracts import RateLimits
 __all__ = [
     "ApiError",
     "BodyTooLarge",
+    "ClientGone",
     "Conflict",
     "DeadlineExceeded",
     "ErrorAnswer",
@@ -41,6 +42,10 @@ __all__ = [
     "UnsupportedMediaType",
     "rate_limit_headers",
 ]
+
+
+class ClientGone(Exception):
+    """The client has closed the connection: there is nobody to answer."""
 
 
 class ErrorAnswer(NamedTuple):

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from deployments.meter.admission.fair_queue import FairQueue, QueueFull
 from deployments.meter.errors import MeterBusy, MeterClosed, OwnerBusy
+from deployments.meter.fair_queue import FairQueue, QueueFull
 
 __all__ = ["WorkerThreads"]
 

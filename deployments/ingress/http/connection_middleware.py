@@ -22,8 +22,7 @@ import structlog
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.ingress.api.completions.completion import ClientGone
-from deployments.ingress.errors import RequestTimeout
+from deployments.ingress.errors import ClientGone, RequestTimeout
 from deployments.ingress.http.direct_writes import CONNECTION, Connection
 
 __all__ = ["ConnectionMiddleware"]

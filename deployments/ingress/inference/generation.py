@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -16,10 +16,7 @@ from deployments.contracts import Account, PositionLogprobs, Sampling, Sibling, 
 from deployments.ingress.errors import ApiError
 from deployments.ingress.inference.write_rounds import WriteRounds
 
-if TYPE_CHECKING:
-    from deployments.ingress.routing.replica_stream import ReplicaStream
-
-__all__ = ["Generation", "Mailbox", "News", "Placement"]
+__all__ = ["Generation", "GenerationStream", "Mailbox", "News", "Placement"]
 
 
 class News(NamedTuple):
@@ -30,10 +27,20 @@ class News(NamedTuple):
     error: ApiError | None = None
 
 
+class GenerationStream(Protocol):
+    """The step stream of a replica, as what runs there knows it."""
+
+    replica_id: str
+
+    def abort(self, numbers: list[int]) -> None: ...
+
+    def release(self, request_id: str) -> None: ...
+
+
 class Placement(NamedTuple):
     """Where a generation runs."""
 
-    stream: ReplicaStream
+    stream: GenerationStream
     number: int
     """Its name on the stream."""
 
@@ -88,7 +95,7 @@ class Generation:
         self.accepted_at: float | None = None
         """When the first replica took it on, by `time.perf_counter`."""
         self.placement: Placement | None = None
-        self.refused_by: set[ReplicaStream] = set()
+        self.refused_by: set[GenerationStream] = set()
         """Replicas whose queues had no room for it."""
         self._mailbox = mailbox
         self._tokens_placed = 0
@@ -159,7 +166,7 @@ class Generation:
             self.ended = True
         self._mailbox.put(News(self.candidate, delta))
 
-    def refused(self, stream: ReplicaStream) -> None:
+    def refused(self, stream: GenerationStream) -> None:
         """The replica has no room; the generation is about to be placed on another."""
         self.placement = None
         self.refused_by.add(stream)

@@ -18,9 +18,9 @@ import structlog
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
-from deployments.ingress.api.completions.logprobs import TokenTexts
 from deployments.ingress.constraints.checker import ConstraintChecker
 from deployments.ingress.errors import ModelNotFound
+from deployments.ingress.inference.token_texts import TokenTexts
 from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
 
 __all__ = ["Catalog", "CatalogEntry", "Infilling", "ServedModel"]

@@ -22,7 +22,7 @@ import structlog
 from deployments.contracts import DurationHistogram, PoolCounters, Settlement
 from deployments.engine.orphans import Tab
 from deployments.ingress.errors import GivenUp, ModelNotReady, NotResumable, Overloaded
-from deployments.ingress.inference.generation import Generation
+from deployments.ingress.inference.generation import Generation, GenerationStream
 from deployments.ingress.inference.write_rounds import WriteRounds
 from deployments.ingress.routing.replica_stream import ReplicaStream, ReplicaTransport
 from deployments.scaling.ingress_demand import ModelDemand
@@ -187,7 +187,7 @@ class EnginePool:
 
     def abort(self, generations: Iterable[Generation]) -> None:
         """End generations that nobody wants any more; frees the engines without waiting for them."""
-        numbers: dict[ReplicaStream, list[int]] = {}
+        numbers: dict[GenerationStream, list[int]] = {}
         for generation in generations:
             if not generation.ended:
                 generation.ended = True

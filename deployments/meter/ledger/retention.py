@@ -16,9 +16,9 @@ from typing import Any, Final, NamedTuple
 import sqlalchemy as sa
 
 from deployments.meter.ledger.database import in_transaction
+from deployments.meter.ledger.periods import period_at
 from deployments.meter.ledger.rows import delete_rows
 from deployments.meter.ledger.schema import REQUESTS
-from deployments.meter.limits.quotas import period_at
 
 __all__ = ["SETTLED_AFTER_S", "Pruned", "kept_from", "prunable", "prune"]
 

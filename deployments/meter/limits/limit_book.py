@@ -15,9 +15,10 @@ from typing import Final, Protocol
 
 from deployments.contracts import Limits
 from deployments.meter.errors import LedgerUnavailable, MeterClosed
+from deployments.meter.ledger.periods import period_at
 from deployments.meter.ledger.usage import Used
 from deployments.meter.limits.limits import LimitState
-from deployments.meter.limits.quotas import Quota, period_at
+from deployments.meter.limits.quotas import Quota
 
 __all__ = ["LimitBook", "UsageSource"]
 

@@ -37,6 +37,7 @@ from deployments.ingress.api.completions.request import CompletionRequest
 from deployments.ingress.constraints.checker import ConstraintChecker
 from deployments.ingress.errors import (
     ApiError,
+    ClientGone,
     InternalError,
     InvalidRequest,
     OutputNotConforming,
@@ -47,7 +48,7 @@ from deployments.ingress.inference.text_stream import TextDelta, TextStream
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.routing.catalog import ServedModel
 
-__all__ = ["ClientGone", "Completion"]
+__all__ = ["Completion"]
 
 log = structlog.get_logger()
 
@@ -60,10 +61,6 @@ _ENTRIES_PER_TURN: Final = 2048
 
 _TURN_S: Final = 0.01
 """What one request takes of the event loop before others get a turn; between two candidates it cannot be broken off."""
-
-
-class ClientGone(Exception):
-    """The client has closed the connection: there is nobody to answer."""
 
 
 @dataclass(slots=True)

@@ -24,8 +24,15 @@ from deployments.ingress.api.completions.chunks import (
     completion_body,
     error_event,
 )
-from deployments.ingress.api.completions.completion import ClientGone, Completion
-from deployments.ingress.errors import ApiError, DeadlineExceeded, ErrorAnswer, InternalError, rate_limit_headers
+from deployments.ingress.api.completions.completion import Completion
+from deployments.ingress.errors import (
+    ApiError,
+    ClientGone,
+    DeadlineExceeded,
+    ErrorAnswer,
+    InternalError,
+    rate_limit_headers,
+)
 from deployments.ingress.http.direct_writes import CONNECTION, Connection
 
 __all__ = ["CompletionResponse"]

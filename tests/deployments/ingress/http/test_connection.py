@@ -22,8 +22,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.ingress.api.completions.completion import ClientGone
-from deployments.ingress.errors import RequestTimeout
+from deployments.ingress.errors import ClientGone, RequestTimeout
 from deployments.ingress.http.connection_middleware import ConnectionMiddleware
 from deployments.ingress.http.direct_writes import CONNECTION
 from serve_app.config import ConfigError, load_cluster_config

@@ -12,11 +12,11 @@ import sqlalchemy as sa
 
 from deployments.contracts import Settlement
 from deployments.meter.ledger import retention
+from deployments.meter.ledger.periods import period_at
 from deployments.meter.ledger.retention import Pruned, kept_from, prunable, prune
 from deployments.meter.ledger.rows import write_settlements
 from deployments.meter.ledger.schema import REQUESTS, USAGE_HOURS
 from deployments.meter.ledger.usage import used_since
-from deployments.meter.limits.quotas import period_at
 from tests.deployments.accounts import account, settlement
 
 DAY_S = 86_400.0

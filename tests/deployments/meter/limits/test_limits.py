@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.contracts import Limits, RateLimits
+from deployments.meter.ledger.periods import PeriodName, period_at
 from deployments.meter.limits.limits import CONCURRENCY_RETRY_S, NOTHING, Demand, Hold, LimitState, check, rate_limits
 from deployments.meter.limits.minute_window import MinuteWindow, WindowEntry
-from deployments.meter.limits.quotas import PeriodName, period_at
 
 NOON = datetime(2024, 2, 28, 12, tzinfo=UTC).timestamp()
 DAY_S = 86_400.0

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from deployments.contracts import PositionLogprobs
-from deployments.ingress.api.completions.logprobs import Logprobs, LogprobsWriter, TokenTexts, prompt_logprobs_fields
+from deployments.ingress.api.completions.logprobs import Logprobs, LogprobsWriter, prompt_logprobs_fields
 from deployments.ingress.inference.detokenizer import Detokenizer
+from deployments.ingress.inference.token_texts import TokenTexts
 from tests.deployments.ingress.byte_level import byte_alphabet, byte_level_tokenizer
 
 FAMILY = "👩‍👩‍👧"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.meter.admission.fair_queue import FairQueue, QueueFull
+from deployments.meter.fair_queue import FairQueue, QueueFull
 
 
 def queue_of(capacity: int = 100, per_owner: int = 100) -> FairQueue[str]:
