@@ -54,10 +54,11 @@ image: ## build the image of the pods with docker, podman or buildah; VARIANT=gp
 	@$(or $(wildcard $(BIN)/python),python3) -m requirements.image $(VARIANT) $(if $(TAG),--tag $(TAG)) \
 		$(if $(BASE),--base $(BASE)) $(if $(BUILDER),--builder $(BUILDER)) $(ARGS)
 
-check: $(DEV) ## ruff and mypy
+check: $(DEV) ## ruff, mypy and the order of the rooms (import-linter)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 setup: $(CLIENTS) ## only install, with the development tools and the clients of the tests
 
