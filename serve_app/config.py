@@ -420,7 +420,7 @@ class Price(_Section):
     """>= 0."""
 
 
-class Infilling(_Section):
+class FillInTheMiddleConfig(_Section):
     """The special tokens, as text, by which a model is asked for what comes between a prompt and a `suffix`."""
 
     prefix: str = Field(min_length=1)
@@ -449,7 +449,7 @@ class ModelConfig(_Section):
     resources: ModelResources = ModelResources()
     replicas: PoolSize = PoolSize()
     price: Price = Price()
-    infilling: Infilling | None = None
+    infilling: FillInTheMiddleConfig | None = None
     """For models trained to fill in the middle; null refuses requests with a `suffix`."""
     max_waiting: NonNegativeInt = 512
     """Generations, >= 0, that a replica holds beyond those running before it refuses more with 503."""

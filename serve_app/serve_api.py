@@ -18,7 +18,7 @@ import msgspec
 from deployments.scaling.placement import misfit
 from deployments.scaling.scaling_board import DECISION_FILES, ShownDecision
 
-__all__ = ["Application", "Replica", "Resources", "ServeApi", "ServeApiError", "unplaced"]
+__all__ = ["Application", "Resources", "ServeApi", "ServeApiError", "ServeReplica", "unplaced"]
 
 _PATH = "/api/serve/applications/"
 _NODES_PATH = "/api/v0/nodes"
@@ -32,7 +32,7 @@ class ServeApiError(Exception):
     """The controller gave no answer, or refused what it was asked."""
 
 
-class Replica(NamedTuple):
+class ServeReplica(NamedTuple):
     replica_id: str
     state: str
     """STARTING, RUNNING, STOPPING, …: Serve's words."""
@@ -45,7 +45,7 @@ class Application(NamedTuple):
     status: str
     """NOT_STARTED, DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED or DELETING."""
     message: str
-    deployments: dict[str, list[Replica]]
+    deployments: dict[str, list[ServeReplica]]
     messages: dict[str, str]
     """Serve's words on each deployment, empty where there is nothing to say."""
     wanted: dict[str, int]
@@ -174,7 +174,7 @@ def _application(name: str, fields: dict[str, Any]) -> Application:
         message=fields.get("message", ""),
         deployments={
             deployment: [
-                Replica(replica["replica_id"], replica["state"], replica.get("node_ip") or "", replica.get("pid"))
+                ServeReplica(replica["replica_id"], replica["state"], replica.get("node_ip") or "", replica.get("pid"))
                 for replica in described.get("replicas", [])
             ]
             for deployment, described in deployments.items()

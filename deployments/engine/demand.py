@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Demand", "RecentRate"]
+__all__ = ["RecentRate", "ReplicaDemand"]
 
 _ARRIVALS_HORIZON_S = 3.0
 _ENDS_HORIZON_S = 10.0
@@ -33,7 +33,7 @@ class RecentRate:
         return self._per_s
 
 
-class Demand:
+class ReplicaDemand:
     """Times in seconds of any steady clock."""
 
     def __init__(self, now: float) -> None:

@@ -31,7 +31,7 @@ from deployments.contracts import (
     pack,
     unpack,
 )
-from deployments.engine.demand import Demand
+from deployments.engine.demand import ReplicaDemand
 from deployments.engine.engine import Engine, EngineQueueFull, EngineUnhealthy
 from deployments.engine.orphans import Orphanage, Tabs
 from deployments.engine.step_outbox import StepOutbox
@@ -91,7 +91,7 @@ class EngineReplica:
         """Keys in the engine. Both are bounded by what the ingresses have under way."""
         self._handing_over = False
         self._start_up_s = start_up_s
-        self._demand = Demand(time.monotonic())
+        self._demand = ReplicaDemand(time.monotonic())
         self._submitted = self._submitted_before = 0
         self._busy_at = time.monotonic()
 

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Final
 
 from deployments.contracts import DurationSum, MeterCounters, RequestCounter
-from deployments.meter.ledger.ledger import Change
+from deployments.meter.ledger.rows import RowChange
 
 __all__ = ["Counters"]
 
@@ -32,7 +32,7 @@ class Counters:
         """By code."""
         self.lost_reservations = 0
 
-    def committed(self, changes: list[Change]) -> None:
+    def committed(self, changes: list[RowChange]) -> None:
         """The ledger's `on_committed`."""
         for change in changes:
             group = (change.model, change.key_id, change.team, change.status)

@@ -45,7 +45,7 @@ from deployments.meter.ledger.ledger import Ledger
 from deployments.meter.ledger.refusal_rows import RefusalRows
 from deployments.meter.ledger.spool import Spool
 from deployments.meter.limits.limit_book import LimitBook
-from deployments.meter.limits.limits import Demand
+from deployments.meter.limits.limits import LimitDemand
 from deployments.meter.limits.reservation_journal import ReservationJournal
 from deployments.meter.limits.reservations import Reservation, Reservations, demand_of
 from deployments.meter.worker_threads import WorkerThreads
@@ -307,7 +307,7 @@ class Meter:
                 unchecked.append(account.request_id)
             else:
                 for hold in holds:
-                    hold.close(Demand(left.used_tokens, 0.0), account.started_at, admitted=left.admitted)
+                    hold.close(LimitDemand(left.used_tokens, 0.0), account.started_at, admitted=left.admitted)
         if unchecked:
             log.info("open reservations taken up", count=len(unchecked))
         return unchecked

@@ -14,7 +14,7 @@ from serve_app.model_source import check_model_source
 __all__ = ["check"]
 
 
-class Reservation(NamedTuple):
+class ReservedResources(NamedTuple):
     """CPUs that a pool of replicas reserves."""
 
     pool: str
@@ -49,21 +49,21 @@ def check(file: Annotated[Path, typer.Argument(help="The cluster.yaml to check."
     typer.echo(_summary(file, config))
 
 
-def _least_cpus(config: ClusterConfig) -> list[Reservation]:
+def _least_cpus(config: ClusterConfig) -> list[ReservedResources]:
     """What the pools reserve while each is at its minimum."""
     ingress, meter = config.ingress, config.meter
     return [
-        Reservation("ingress", ingress.replicas.min * ingress.resources.cpus),
-        Reservation("meter", meter.replicas * meter.resources.cpus),
-        *(Reservation(model.name, model.replicas.min * model.resources.cpus) for model in config.models),
+        ReservedResources("ingress", ingress.replicas.min * ingress.resources.cpus),
+        ReservedResources("meter", meter.replicas * meter.resources.cpus),
+        *(ReservedResources(model.name, model.replicas.min * model.resources.cpus) for model in config.models),
     ]
 
 
-def _total(reserved: list[Reservation]) -> float:
+def _total(reserved: list[ReservedResources]) -> float:
     return round(sum(each.cpus for each in reserved), 6)  # so that ten times 0.1 is 1
 
 
-def _sum(reserved: list[Reservation]) -> str:
+def _sum(reserved: list[ReservedResources]) -> str:
     """Such as `1.5 (ingress 0.25, meter 0.25, smollm2-135m 1)`."""
     return f"{_total(reserved):g} ({', '.join(f'{each.pool} {each.cpus:g}' for each in reserved)})"
 

@@ -25,7 +25,7 @@ from serve_app.cli.limit_options import (
 from serve_app.cli.tables import date_text, print_table
 
 if TYPE_CHECKING:
-    from deployments.meter.keys.key_store import IssuedKey, KeyStore
+    from deployments.meter.keys.key_store import KeyStore, KeyWithSecret
 
 __all__ = ["find_key", "keys", "limits_text"]
 
@@ -233,7 +233,7 @@ def _values(
     return values
 
 
-def _show_issued(issued: IssuedKey, as_json: bool) -> None:
+def _show_issued(issued: KeyWithSecret, as_json: bool) -> None:
     record, secret = issued
     if as_json:
         typer.echo(json.dumps(key_card(record, secret), indent=2))

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Change", "Interval", "Moment", "Outcome"]
+__all__ = ["Interval", "Moment", "Outcome", "ScaleChange"]
 
 Floats = npt.NDArray[np.float64]
 
 
-class Change(NamedTuple):
+class ScaleChange(NamedTuple):
     """A decision that changed the number of replicas."""
 
     at_s: float
@@ -60,7 +60,7 @@ class Outcome:
     peak_replicas: int
     moments: tuple[Moment, ...]
     """Every half second."""
-    changes: tuple[Change, ...]
+    changes: tuple[ScaleChange, ...]
 
     @property
     def requests(self) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from deployments.engine.simulator import SimulatorSettings
 from deployments.scaling.decision import Decision, PoolSignals, ReplicaSignals
-from serve_app.planning.outcome import Change, Moment, Outcome
+from serve_app.planning.outcome import Moment, Outcome, ScaleChange
 from serve_app.planning.replica_model import ReplicaModel
 from serve_app.planning.workload import Workload
 
@@ -93,7 +93,7 @@ class PoolSimulation:
         self._replica_seconds = 0.0
         """Of those gone, minus the times at which the others began."""
         self._moments: list[Moment] = []
-        self._changes: list[Change] = []
+        self._changes: list[ScaleChange] = []
         self._peak = self._target
 
     def run(self, workload: Workload) -> Outcome:
@@ -243,7 +243,7 @@ class PoolSimulation:
         )
         decision = self._policy(now, signals)
         if decision.replicas != self._target:
-            self._changes.append(Change(now, self._target, decision.replicas, decision.reason))
+            self._changes.append(ScaleChange(now, self._target, decision.replicas, decision.reason))
             self._scale(now, decision.replicas)
 
     def _report(self, now: float) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from deployments.engine.demand import Demand
+from deployments.engine.demand import ReplicaDemand
 from deployments.engine.simulator import SimulatorSettings
 from deployments.scaling.decision import ReplicaSignals
 
@@ -83,7 +83,7 @@ class ReplicaModel:
         self._max_num_seqs = settings.max_num_seqs
         self._max_prefill = settings.max_prefill_tokens_per_step
         self._block_tokens = settings.kv_block_tokens
-        self._demand = Demand(now)
+        self._demand = ReplicaDemand(now)
         self.at = now
         """When the steps under way began; of an idle replica, when it became so."""
         self.next_at = math.inf

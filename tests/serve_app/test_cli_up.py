@@ -13,13 +13,13 @@ from typer.testing import CliRunner, Result
 
 from serve_app.cli import app
 from serve_app.ray_node import RayNode
-from serve_app.serve_api import Application, Replica, Resources, ServeApiError
+from serve_app.serve_api import Application, Resources, ServeApiError, ServeReplica
 
 DEPLOYING = Application(
     "model-m",
     "DEPLOYING",
     "",
-    {"Engine": [Replica("r", "STARTING", "", None)]},
+    {"Engine": [ServeReplica("r", "STARTING", "", None)]},
     {"Engine": "Loading the weights."},
     {"Engine": 1},
     {"Engine": {"CPU": 4.0}},

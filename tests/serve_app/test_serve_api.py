@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from deployments.scaling.scaling_board import ShownDecision
-from serve_app.serve_api import Application, Replica, ServeApi, ServeApiError
+from serve_app.serve_api import Application, ServeApi, ServeApiError, ServeReplica
 
 
 def told(message: str, **deployments: str) -> list[str]:
@@ -115,7 +115,7 @@ def test_applications_and_their_replicas_are_read(monkeypatch: pytest.MonkeyPatc
     [application] = api(monkeypatch, httpx.Response(200, json=described), seen).applications()
     assert (application.name, application.status, application.reasons) == ("model-a", "RUNNING", [])
     assert application.deployments == {
-        "Engine": [Replica("r0", "RUNNING", "10.0.0.1", 7), Replica("r1", "STARTING", "", None)]
+        "Engine": [ServeReplica("r0", "RUNNING", "10.0.0.1", 7), ServeReplica("r1", "STARTING", "", None)]
     }
     assert application.wanted == {"Engine": 2}
     assert str(seen[0].url) == "http://127.0.0.1:8265/api/serve/applications/"
@@ -183,7 +183,7 @@ def test_what_is_free_is_what_nodes_have_less_what_placed_replicas_reserve(monke
         {"state": "ALIVE", "resources_total": {"CPU": 2.0}},
         {"state": "DEAD", "resources_total": {"CPU": 64.0}},
     ]
-    replicas = [Replica("a", "RUNNING", "10.0.0.1", 7), Replica("b", "STARTING", "", None)]
+    replicas = [ServeReplica("a", "RUNNING", "10.0.0.1", 7), ServeReplica("b", "STARTING", "", None)]
     application = Application("m", "DEPLOYING", "", {"Engine": replicas}, {}, {}, {"Engine": {"CPU": 1.5, "GPU": 1.0}})
     answer = httpx.Response(200, json={"data": {"result": {"result": nodes}}})
     assert api(monkeypatch, answer, []).resources([application]) == (

@@ -23,7 +23,7 @@ from deployments.ingress.errors import ModelNotFound
 from deployments.ingress.inference.token_texts import TokenTexts
 from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
 
-__all__ = ["Catalog", "CatalogEntry", "Infilling", "ServedModel"]
+__all__ = ["Catalog", "CatalogEntry", "FillInTheMiddle", "ServedModel"]
 
 log = structlog.get_logger()
 
@@ -32,7 +32,7 @@ _WATCH_S = 0.25
 _LAG_HORIZON_S = 5.0
 
 
-class Infilling(BaseModel, frozen=True, extra="forbid"):
+class FillInTheMiddle(BaseModel, frozen=True, extra="forbid"):
     """The special tokens, as text, by which a model is asked for what comes between a prefix and a suffix."""
 
     prefix: str
@@ -62,7 +62,7 @@ class CatalogEntry(BaseModel, frozen=True, extra="forbid"):
     verifies_outputs: bool = True
     """Whether what its engines make in a required form is checked at its end. Not where they are simulated: those make
     filler, whatever is asked."""
-    infilling: Infilling | None = None
+    infilling: FillInTheMiddle | None = None
     limits: PoolLimits
     min_replicas: int = 1
     max_replicas: int = 1

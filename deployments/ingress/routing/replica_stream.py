@@ -21,7 +21,7 @@ from deployments.contracts import EngineLoad, EngineOrders, EngineStep, Sibling,
 from deployments.ingress.errors import InternalError
 from deployments.ingress.inference.generation import Generation, Placement
 
-__all__ = ["SILENCE_LIMIT_S", "ReplicaLost", "ReplicaStream", "ReplicaTransport", "StepLine"]
+__all__ = ["SILENCE_LIMIT_S", "ReplicaLine", "ReplicaLost", "ReplicaStream", "ReplicaTransport"]
 
 log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ class ReplicaLost(Exception):
     """The replica cannot be used now."""
 
 
-class StepLine(Protocol):
+class ReplicaLine(Protocol):
     """An open step stream, as of deployments/connections/step_connection.py."""
 
     async def receive(self) -> bytes | None:
@@ -53,7 +53,7 @@ class StepLine(Protocol):
 class ReplicaTransport(Protocol):
     """How to reach one replica."""
 
-    def open(self, stream_id: str) -> AbstractAsyncContextManager[StepLine]:
+    def open(self, stream_id: str) -> AbstractAsyncContextManager[ReplicaLine]:
         """Leaving it ends the stream. Raises ReplicaLost when the replica cannot be reached."""
 
 
@@ -87,7 +87,7 @@ class ReplicaStream:
         self._numbers = 0
         self._unheard: deque[tuple[int, Generation]] = deque()
         """Submitted, and the replica has not told yet whether it takes them."""
-        self._line: StepLine | None = None
+        self._line: ReplicaLine | None = None
         self._submissions: list[msgspec.Raw] = []
         self._aborted: list[int] = []
         self._released: list[str] = []

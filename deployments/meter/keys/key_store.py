@@ -23,12 +23,12 @@ from deployments.meter.keys.keys import key_digest, new_key
 from deployments.meter.ledger.database import reason, writing
 from deployments.meter.ledger.schema import KEYS, REVISIONS, TEAMS
 
-__all__ = ["IssuedKey", "KeyEntry", "KeyStore", "KeysChanged"]
+__all__ = ["KeyEntry", "KeyStore", "KeyWithSecret", "KeysChanged"]
 
 _PREFIX_LENGTH: Final = 12
 
 
-class IssuedKey(NamedTuple):
+class KeyWithSecret(NamedTuple):
     record: KeyRecord
     secret: str
     """The key itself, which is not kept anywhere."""
@@ -64,7 +64,7 @@ class KeyStore:
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
-    def create(self, draft: KeyDraft) -> IssuedKey:
+    def create(self, draft: KeyDraft) -> KeyWithSecret:
         """Raises InvalidValue. A team need not have limits, and names need not be unique."""
         now_at = self._clock()
         check_key(draft, now_at)
@@ -84,7 +84,7 @@ class KeyStore:
         }
         with self._changing() as (connection, revision):
             connection.execute(sa.insert(KEYS).values(values | {"revision": revision}))
-            return IssuedKey(_get(connection, values["id"]), secret)
+            return KeyWithSecret(_get(connection, values["id"]), secret)
 
     def get(self, key_id: str) -> KeyRecord:
         """Raises KeyNotFound."""
@@ -119,12 +119,12 @@ class KeyStore:
                 values["limits"] = _json(changed(before.limits, changes.limits))
             return _set(connection, key_id, revision, values)
 
-    def rotate(self, key_id: str) -> IssuedKey:
+    def rotate(self, key_id: str) -> KeyWithSecret:
         """The same key with another secret; the old one stops working. Raises KeyNotFound, KeyRevoked."""
         secret = new_key()
         with self._changing() as (connection, revision):
             _get_live(connection, key_id)
-            return IssuedKey(_set(connection, key_id, revision, _identity(secret)), secret)
+            return KeyWithSecret(_set(connection, key_id, revision, _identity(secret)), secret)
 
     def revoke(self, key_id: str) -> KeyRecord:
         """Ends a key for good; one that is revoked stays as it is. Raises KeyNotFound."""

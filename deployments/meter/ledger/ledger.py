@@ -25,13 +25,13 @@ from deployments.contracts import Settlement, UsageQuery, UsageRow
 from deployments.meter.errors import LedgerBusy, LedgerUnavailable, MeterClosed, MeterError
 from deployments.meter.ledger.database import is_unstorable, open_database, reason
 from deployments.meter.ledger.migrations import SchemaTooNew, migrate
-from deployments.meter.ledger.rows import Change, known_ids, write_settlements
+from deployments.meter.ledger.rows import RowChange, known_ids, write_settlements
 from deployments.meter.ledger.schema import REQUESTS
 from deployments.meter.ledger.spool import Spool
 from deployments.meter.ledger.usage import Used, read_usage, used_since
 from deployments.meter.worker_threads import WorkerThreads
 
-__all__ = ["Change", "Ledger"]
+__all__ = ["Ledger"]
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Ledger:
         database_url: str,
         spool: Spool,
         *,
-        on_committed: Callable[[list[Change]], None] | None = None,
+        on_committed: Callable[[list[RowChange]], None] | None = None,
         max_queued: int = 10_000,
         attempt_limit_s: float = 10.0,
     ) -> None:

@@ -20,7 +20,7 @@ from deployments.contracts import WITNESS_RANKS, Settlement
 from deployments.meter.ledger.database import in_transaction, upsert
 from deployments.meter.ledger.schema import REQUESTS, USAGE_HOURS
 
-__all__ = ["Change", "delete_rows", "known_ids", "write_settlements"]
+__all__ = ["RowChange", "delete_rows", "known_ids", "write_settlements"]
 
 Row: TypeAlias = dict[str, Any]
 """By the names of the columns of REQUESTS."""
@@ -29,7 +29,7 @@ _SUMS: Final = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens
 _IDS_PER_QUERY: Final = 500
 
 
-class Change(NamedTuple):
+class RowChange(NamedTuple):
     """What a transaction added to the ledger, or took from it when a row was corrected."""
 
     key_id: str
@@ -59,7 +59,7 @@ _Differences: TypeAlias = dict[_Group, list[Any]]
 """In the order of _SUMS."""
 
 
-def write_settlements(engine: sa.Engine, settlements: Collection[Settlement]) -> list[Change]:
+def write_settlements(engine: sa.Engine, settlements: Collection[Settlement]) -> list[RowChange]:
     """Makes all of them part of the ledger in one transaction, and tells what that changed, summed per group.
 
     Raises what the database raises, and OverflowError or ValueError for numbers and texts that no row can hold; then
@@ -231,10 +231,10 @@ def _write_sums(connection: sa.Connection, differences: _Differences) -> None:
         )
 
 
-def _changes(differences: _Differences) -> list[Change]:
+def _changes(differences: _Differences) -> list[RowChange]:
     """Without hours and dialects."""
     totals: dict[tuple[str, str, str, str], list[Any]] = defaultdict(lambda: [0, 0, 0, 0, 0.0])
     for group, sums in differences.items():
         total = totals[group.key_id, group.team, group.model, group.status]
         total[:] = [value + more for value, more in zip(total, sums, strict=True)]
-    return [Change(*labels, *sums) for labels, sums in totals.items() if any(sums)]
+    return [RowChange(*labels, *sums) for labels, sums in totals.items() if any(sums)]

@@ -19,8 +19,8 @@ from deployments.meter.limits.quotas import Quota
 __all__ = [
     "CONCURRENCY_RETRY_S",
     "NOTHING",
-    "Demand",
     "Hold",
+    "LimitDemand",
     "LimitState",
     "Refusal",
     "check",
@@ -33,14 +33,14 @@ _MONEY_TOLERANCE: Final = 1e-9
 """As a share of a quota: its sums are rounded."""
 
 
-class Demand(NamedTuple):
+class LimitDemand(NamedTuple):
     """What one request can use at most, or has used."""
 
     tokens: int
     cost: float
 
 
-NOTHING: Final = Demand(0, 0.0)
+NOTHING: Final = LimitDemand(0, 0.0)
 
 RefusalCode = Literal["rate_limit_exceeded", "insufficient_quota"]
 
@@ -58,13 +58,13 @@ class Hold:
 
     __slots__ = ("_request", "_reserved", "_state", "_tokens")
 
-    def __init__(self, state: LimitState, request: WindowEntry, tokens: WindowEntry, reserved: Demand) -> None:
+    def __init__(self, state: LimitState, request: WindowEntry, tokens: WindowEntry, reserved: LimitDemand) -> None:
         self._state = state
         self._request = request
         self._tokens = tokens
         self._reserved = reserved
 
-    def close(self, used: Demand, started_at: float, *, admitted: bool = True) -> None:
+    def close(self, used: LimitDemand, started_at: float, *, admitted: bool = True) -> None:
         """It has ended. Once only. Of what was not `admitted` after all, nothing counts."""
         self._state.release(self._reserved)
         for quota in (self._state.day, self._state.month):
@@ -125,7 +125,7 @@ class LimitState:
         counting = self._running or self.requests.used(now) or self.tokens.used(now)
         return not counting and not self.day.is_loaded(now) and not self.month.is_loaded(now)
 
-    def refusals(self, now: float, demand: Demand) -> Iterator[Refusal]:
+    def refusals(self, now: float, demand: LimitDemand) -> Iterator[Refusal]:
         """One for each limit without room."""
         for what, window, amount in (("requests", self.requests, 1), ("tokens", self.tokens, demand.tokens)):
             if window.limit is not None and (wait_s := window.wait_s(now, amount)) != 0.0:
@@ -163,14 +163,14 @@ class LimitState:
         code: RefusalCode = "rate_limit_exceeded" if quota is None else "insufficient_quota"
         return Refusal(code, f"Limit of {what} reached for {self._whose}: {numbers}. {advice}", wait_s)
 
-    def take(self, now: float, demand: Demand) -> Hold:
+    def take(self, now: float, demand: LimitDemand) -> Hold:
         """Counts a request that `check` has let pass, or one that is known to have been admitted at `now`."""
         self._running += 1
         self._reserved_tokens += demand.tokens
         self._reserved_cost += demand.cost
         return Hold(self, self.requests.add(now, 1), self.tokens.add(now, demand.tokens), demand)
 
-    def release(self, demand: Demand) -> None:
+    def release(self, demand: LimitDemand) -> None:
         """One that was taken has ended."""
         self._running -= 1
         self._reserved_tokens -= demand.tokens
@@ -182,7 +182,7 @@ class LimitState:
         self.limits = self._limits
 
 
-def check(states: Sequence[LimitState], now: float, demand: Demand) -> Refusal | None:
+def check(states: Sequence[LimitState], now: float, demand: LimitDemand) -> Refusal | None:
     """None if the request fits everywhere, else why it does not. Of several refusals the one that lasts longest."""
     refusals = [refusal for state in states for refusal in state.refusals(now, demand)]
     return max(refusals, key=_lasting_s, default=None)

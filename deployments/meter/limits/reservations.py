@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from deployments.contracts import WITNESS_RANKS, Account, Settlement, Witness
 from deployments.meter.errors import MeterBusy
-from deployments.meter.limits.limits import NOTHING, Demand, Hold
+from deployments.meter.limits.limits import NOTHING, Hold, LimitDemand
 from deployments.meter.limits.reservation_journal import ReservationJournal
 
 __all__ = ["Reservation", "Reservations", "demand_of"]
@@ -106,7 +106,7 @@ class Reservations:
             self._drop(account.request_id)
             self._settled[account.request_id] = _Settled(now, witness, tokens, reservation)
             cost = _cost(account, settlement.prompt_tokens, settlement.completion_tokens)
-            self._close(reservation, Demand(tokens, cost), admitted=admitted)
+            self._close(reservation, LimitDemand(tokens, cost), admitted=admitted)
             return True
         known = self._settled.get(account.request_id)
         if known is None:
@@ -133,7 +133,7 @@ class Reservations:
             if not self._may_live(reservation, now):
                 self._drop(request_id)
                 self._settled[request_id] = _Settled(now, "engine", tokens, reservation)
-                self._close(reservation, Demand(tokens, 0.0), admitted=True)
+                self._close(reservation, LimitDemand(tokens, 0.0), admitted=True)
                 closed.append(reservation)
         return closed
 
@@ -151,10 +151,10 @@ class Reservations:
         closed = [self._open[request_id] for request_id in request_ids if request_id in self._open]
         for reservation in closed:
             self._drop(reservation.account.request_id)
-            self._close(reservation, Demand(reservation.account.reserved_tokens, 0.0), admitted=True)
+            self._close(reservation, LimitDemand(reservation.account.reserved_tokens, 0.0), admitted=True)
         return closed
 
-    def _close(self, reservation: Reservation, used: Demand, *, admitted: bool) -> None:
+    def _close(self, reservation: Reservation, used: LimitDemand, *, admitted: bool) -> None:
         account = reservation.account
         for hold in reservation.holds:
             hold.close(used, account.started_at, admitted=admitted)
@@ -197,10 +197,10 @@ class Reservations:
             self._journal.rotate(now, ((each.account, each.ingress_id) for each in still_open))
 
 
-def demand_of(account: Account) -> Demand:
+def demand_of(account: Account) -> LimitDemand:
     """The most that a request can use, as it was reserved."""
     completion_tokens = account.reserved_tokens - account.prompt_tokens
-    return Demand(account.reserved_tokens, _cost(account, account.prompt_tokens, completion_tokens))
+    return LimitDemand(account.reserved_tokens, _cost(account, account.prompt_tokens, completion_tokens))
 
 
 def _cost(account: Account, prompt_tokens: int, completion_tokens: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.engine.demand import Demand, RecentRate
+from deployments.engine.demand import RecentRate, ReplicaDemand
 
 
 def read_every_second(rate: RecentRate, seconds: range, count_per_s: int) -> list[float]:
@@ -54,7 +54,7 @@ def test_a_rate_that_fades_away_becomes_zero() -> None:
 
 
 def test_arrivals_and_their_tokens_are_rates_of_seconds() -> None:
-    demand = Demand(0.0)
+    demand = ReplicaDemand(0.0)
     for _ in range(10):
         demand.arrived(100)
     assert demand.arrivals_per_s(5.0) == pytest.approx(2.0)
@@ -62,7 +62,7 @@ def test_arrivals_and_their_tokens_are_rates_of_seconds() -> None:
 
 
 def test_tokens_that_the_prefix_cache_spares_do_not_count() -> None:
-    demand = Demand(0.0)
+    demand = ReplicaDemand(0.0)
     for _ in range(200):
         demand.arrived(100)
         demand.prefilled(100, 75)
@@ -71,7 +71,7 @@ def test_tokens_that_the_prefix_cache_spares_do_not_count() -> None:
 
 
 def test_the_length_of_generations_follows_those_that_end() -> None:
-    demand = Demand(0.0)
+    demand = ReplicaDemand(0.0)
     demand.ended(400)
     assert demand.generated_tokens == 400
     for _ in range(100):

@@ -25,7 +25,7 @@ from deployments.engine.replica import EngineReplica
 from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import Simulator, SimulatorSettings
 from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
-from deployments.ingress.routing.replica_stream import ReplicaLost, ReplicaTransport, StepLine
+from deployments.ingress.routing.replica_stream import ReplicaLine, ReplicaLost, ReplicaTransport
 from tests.deployments.accounts import RecordedOutbox
 from tests.deployments.ingress.virtual_time import write_rounds
 
@@ -112,7 +112,7 @@ class MemoryReplica:
     # --- ReplicaTransport ---------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def open(self, stream_id: str) -> AsyncIterator[StepLine]:
+    async def open(self, stream_id: str) -> AsyncIterator[ReplicaLine]:
         await self._speaking.wait()
         if not self.reachable:
             raise ReplicaLost("not reachable")
@@ -211,7 +211,7 @@ class ScriptedReplica:
         self._lines[stream].messages.put_nowait(None)
 
     @asynccontextmanager
-    async def open(self, stream_id: str) -> AsyncIterator[StepLine]:
+    async def open(self, stream_id: str) -> AsyncIterator[ReplicaLine]:
         self._lines.append(line := _ScriptedLine(self))
         self.opened.append(stream_id)
         if self.greeting:

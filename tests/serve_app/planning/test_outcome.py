@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.planning.outcome import Change, Moment, Outcome
+from serve_app.planning.outcome import Moment, Outcome, ScaleChange
 from serve_app.planning.report import html
 
 
@@ -22,7 +22,11 @@ def outcome(**changed: Any) -> Outcome:
         "replica_seconds": 9000.0,
         "peak_replicas": 3,
         "moments": (Moment(0.5, 1, 1, 1), Moment(1.0, 3, 1, 3), Moment(1.5, 3, 1, 3), Moment(2.0, 3, 3, 3)),
-        "changes": (Change(1.0, 1, 3, "prefill: a < b"), Change(9.0, 3, 2, "x"), Change(12.0, 2, 1, "x")),
+        "changes": (
+            ScaleChange(1.0, 1, 3, "prefill: a < b"),
+            ScaleChange(9.0, 3, 2, "x"),
+            ScaleChange(12.0, 2, 1, "x"),
+        ),
     }
     return Outcome(**fields | changed)
 
@@ -43,7 +47,7 @@ def test_refusals_are_told_with_their_reasons() -> None:
 
 def test_a_direction_changes_where_a_rise_meets_a_fall() -> None:
     def turns(*counts: int) -> int:
-        changes = [Change(0.0, before, after, "") for before, after in pairwise(counts)]
+        changes = [ScaleChange(0.0, before, after, "") for before, after in pairwise(counts)]
         return outcome(changes=tuple(changes)).direction_changes
 
     assert turns(1) == turns(1, 2) == turns(1, 2, 5, 9) == 0

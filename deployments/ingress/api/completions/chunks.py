@@ -12,9 +12,18 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from deployments.ingress.api.completions.logprobs import Logprobs
+from deployments.ingress.api.completions.logprobs import WrittenLogprobs
 
-__all__ = ["DONE", "KEEP_ALIVE", "Choice", "ChoiceDelta", "ChunkTemplate", "Usage", "completion_body", "error_event"]
+__all__ = [
+    "DONE",
+    "KEEP_ALIVE",
+    "ChoiceDelta",
+    "ChunkTemplate",
+    "WrittenChoice",
+    "WrittenUsage",
+    "completion_body",
+    "error_event",
+]
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -27,7 +36,7 @@ _OBFUSCATED_END = b'"}\n\n'
 _to_json = msgspec.json.encode
 
 
-class Usage(msgspec.Struct, frozen=True):
+class WrittenUsage(msgspec.Struct, frozen=True):
     """Tokens of one request: of the prompts, each once, and over all choices generated."""
 
     prompt_tokens: int
@@ -50,7 +59,7 @@ class ChoiceDelta(NamedTuple):
     text: str
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None = None
-    logprobs: Logprobs | None = None
+    logprobs: WrittenLogprobs | None = None
     token_ids: list[int] | None = None
     """Where asked for, and so the next."""
     prompt_token_ids: list[int] | None = None
@@ -59,13 +68,13 @@ class ChoiceDelta(NamedTuple):
     """The same."""
 
 
-class Choice(msgspec.Struct):
+class WrittenChoice(msgspec.Struct):
     """One choice as a whole, in the order of the wire. Source: the Completions reference; from `stop_reason` on, vLLM's
     CompletionResponseChoice, in which what nobody asked for is null."""
 
     index: int
     text: str
-    logprobs: Logprobs | None
+    logprobs: WrittenLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None
     token_ids: list[int] | None = None
@@ -73,12 +82,12 @@ class Choice(msgspec.Struct):
     prompt_logprobs: Sequence[Mapping[str, Any] | None] | None = None
 
     @classmethod
-    def joined(cls, index: int, deltas: Sequence[ChoiceDelta]) -> Choice:
+    def joined(cls, index: int, deltas: Sequence[ChoiceDelta]) -> WrittenChoice:
         """Of all deltas of one candidate, at least one, the last of which has the reason."""
         first, last = deltas[0], deltas[-1]
         logprobs = None
         if first.logprobs is not None:
-            logprobs = Logprobs()
+            logprobs = WrittenLogprobs()
             for delta in deltas:
                 if delta.logprobs is not None:
                     logprobs.extend(delta.logprobs)
@@ -104,7 +113,7 @@ class ChunkTemplate:
         self._index = self._head + b'{"index":'
         self._tail = b'}],"usage":null}\n\n' if usage_follows else b"}]}\n\n"
 
-    def chunk(self, delta: ChoiceDelta, usage: Usage | None = None) -> bytes:
+    def chunk(self, delta: ChoiceDelta, usage: WrittenUsage | None = None) -> bytes:
         """With `usage` as it is so far where the caller asked for it on every chunk."""
         reason = _NO_REASON
         if delta.finish_reason is not None:
@@ -127,7 +136,7 @@ class ChunkTemplate:
         missing = -(len(begin) + len(_OBFUSCATED_END)) % _OBFUSCATED_BYTES
         return begin + token_hex(missing)[:missing].encode() + _OBFUSCATED_END
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: WrittenUsage) -> bytes:
         """The last chunk of a stream whose caller asked for usage: no choices."""
         return b'%b],"usage":%b}\n\n' % (self._head, _to_json(usage.fields()))
 
@@ -146,6 +155,8 @@ def error_event(body: bytes) -> bytes:
     return b"data: %b\n\n" % body
 
 
-def completion_body(head: Mapping[str, Any], choices: Sequence[Choice | msgspec.Raw], usage: Usage) -> bytes:
+def completion_body(
+    head: Mapping[str, Any], choices: Sequence[WrittenChoice | msgspec.Raw], usage: WrittenUsage
+) -> bytes:
     """The answer of a request that does not stream; a choice may be JSON already."""
     return _to_json({**head, "choices": choices, "usage": usage.fields()})

@@ -31,8 +31,8 @@ from deployments.contracts import (
     SettlementStatus,
     TokenDelta,
 )
-from deployments.ingress.api.completions.chunks import ChoiceDelta, Usage
-from deployments.ingress.api.completions.logprobs import Logprobs, LogprobsWriter, prompt_logprobs_fields
+from deployments.ingress.api.completions.chunks import ChoiceDelta, WrittenUsage
+from deployments.ingress.api.completions.logprobs import LogprobsWriter, WrittenLogprobs, prompt_logprobs_fields
 from deployments.ingress.api.completions.request import CompletionRequest
 from deployments.ingress.constraints.checker import ConstraintChecker
 from deployments.ingress.errors import (
@@ -72,7 +72,7 @@ class _Candidate:
     logprobs: LogprobsWriter | None
     prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
     """Of its prompt, where asked for, and so the next."""
-    echoed: Logprobs | None = None
+    echoed: WrittenLogprobs | None = None
     used: int = 0
     """Completion tokens that count."""
     log_probability: float = 0.0
@@ -401,7 +401,7 @@ class Completion:
                 candidate.prompt_logprobs += some
                 await asyncio.sleep(0)
         if request.echo and candidate.logprobs is not None:
-            candidate.echoed = Logprobs()
+            candidate.echoed = WrittenLogprobs()
             for begin in range(0, len(prompt), size):
                 end = begin + size
                 candidate.echoed.extend(
@@ -502,11 +502,11 @@ class Completion:
         candidate = self._candidates[number]
         return candidate.log_probability / candidate.used if candidate.used else -math.inf
 
-    def usage(self) -> Usage:
+    def usage(self) -> WrittenUsage:
         """So far."""
         candidates = self._candidates
         each = self.request.candidates
-        return Usage(
+        return WrittenUsage(
             prompt_tokens=sum(map(len, self._prompts)),
             completion_tokens=sum([candidate.used for candidate in candidates]),
             cached_tokens=sum(
@@ -515,10 +515,10 @@ class Completion:
             ),
         )
 
-    def usage_of(self, number: int) -> Usage:
+    def usage_of(self, number: int) -> WrittenUsage:
         """Of one candidate so far."""
         candidate = self._candidates[number]
-        return Usage(len(candidate.generation.prompt), candidate.used, candidate.generation.cached_tokens)
+        return WrittenUsage(len(candidate.generation.prompt), candidate.used, candidate.generation.cached_tokens)
 
     def _echo(self, number: int) -> str:
         """The text of prompt `number`: as it was sent, or of the tokens that the model saw instead."""

@@ -15,13 +15,13 @@ import msgspec
 from deployments.contracts import PositionLogprobs
 from deployments.ingress.inference.token_texts import CONTEXT_TOKENS, TokenTexts
 
-__all__ = ["Logprobs", "LogprobsWriter", "prompt_logprobs_fields"]
+__all__ = ["LogprobsWriter", "WrittenLogprobs", "prompt_logprobs_fields"]
 
 _LOWEST = -9999.0
 """What OpenAI and vLLM put for minus infinity, which JSON does not have."""
 
 
-class Logprobs(msgspec.Struct):
+class WrittenLogprobs(msgspec.Struct):
     """One entry per token in each list. Source: the Completions reference, `choices[].logprobs`."""
 
     text_offset: list[int] = []
@@ -31,7 +31,7 @@ class Logprobs(msgspec.Struct):
     top_logprobs: list[dict[str, float] | None] = []
     """Of the likeliest tokens and the one chosen, which comes first. Never fewer entries than tokens."""
 
-    def extend(self, more: Logprobs) -> None:
+    def extend(self, more: WrittenLogprobs) -> None:
         self.text_offset += more.text_offset
         self.token_logprobs += more.token_logprobs
         self.tokens += more.tokens
@@ -51,18 +51,18 @@ class LogprobsWriter:
 
     def prompt(
         self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], *, more: bool = False
-    ) -> Logprobs:
+    ) -> WrittenLogprobs:
         """For an echo: of the first token nothing is known. With `more` another piece of the prompt follows."""
         written = self._write(token_ids, positions)
         if not more:
             self._context = []  # as in vLLM, which does not look back from what it generates into the prompt
         return written
 
-    def generated(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs]) -> Logprobs:
+    def generated(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs]) -> WrittenLogprobs:
         return self._write(token_ids, positions)
 
-    def _write(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> Logprobs:
-        written = Logprobs()
+    def _write(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> WrittenLogprobs:
+        written = WrittenLogprobs()
         for token_id, position in zip(token_ids, positions, strict=True):
             if position is None:
                 token = f"token_id:{token_id}" if self._as_token_ids else self._texts.at_the_start(token_id)

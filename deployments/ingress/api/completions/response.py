@@ -18,9 +18,9 @@ from starlette.types import Receive, Scope, Send
 from deployments.ingress.api.completions.chunks import (
     DONE,
     KEEP_ALIVE,
-    Choice,
     ChoiceDelta,
     ChunkTemplate,
+    WrittenChoice,
     completion_body,
     error_event,
 )
@@ -116,9 +116,9 @@ class CompletionResponse(Response):
         while not completion.finished:
             for delta in await completion.deltas():
                 deltas.setdefault(delta.choice, []).append(delta)
-        choices: list[Choice | msgspec.Raw] = []
+        choices: list[WrittenChoice | msgspec.Raw] = []
         for index, number in enumerate(completion.best()):
-            choice = Choice.joined(index, deltas.pop(number))
+            choice = WrittenChoice.joined(index, deltas.pop(number))
             if completion.request.prompt_positions is None:
                 choices.append(choice)
             else:  # tens of milliseconds each, of a long prompt

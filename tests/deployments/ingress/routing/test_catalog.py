@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deployments.ingress.errors import ModelNotFound
-from deployments.ingress.routing.catalog import Catalog, CatalogEntry, Infilling
+from deployments.ingress.routing.catalog import Catalog, CatalogEntry, FillInTheMiddle
 from deployments.ingress.routing.engine_pool import EnginePool
 from deployments.ingress.routing.replica_stream import SILENCE_LIMIT_S
 from tests.deployments.accounts import RecordedOutbox
@@ -177,7 +177,7 @@ async def test_models_of_one_folder_share_a_tokenizer_until_its_file_is_written_
 
 
 def test_a_gap_is_put_to_the_model_as_prefix_suffix_and_middle() -> None:
-    infilling = Infilling(prefix="<PRE>", suffix="<SUF>", middle="<MID>")
+    infilling = FillInTheMiddle(prefix="<PRE>", suffix="<SUF>", middle="<MID>")
     assert infilling.prompt("def f(", "): pass") == "<PRE>def f(<SUF>): pass<MID>"
 
 

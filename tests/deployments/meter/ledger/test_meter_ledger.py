@@ -18,8 +18,8 @@ import sqlalchemy as sa
 from deployments.contracts import Account, Settlement, UsageQuery, UsageRow
 from deployments.meter.errors import LedgerBusy, MeterClosed
 from deployments.meter.ledger.database import open_database
-from deployments.meter.ledger.ledger import Change, Ledger
-from deployments.meter.ledger.rows import write_settlements
+from deployments.meter.ledger.ledger import Ledger
+from deployments.meter.ledger.rows import RowChange, write_settlements
 from deployments.meter.ledger.schema import REQUESTS, USAGE_HOURS
 from deployments.meter.ledger.spool import Spool
 from tests.deployments.accounts import account, settlement
@@ -292,7 +292,7 @@ async def test_after_any_history_the_rows_are_right_and_the_sums_are_theirs(
 ) -> None:
     chance = random.Random(seed)
     history = random_history(chance)
-    changes: list[Change] = []
+    changes: list[RowChange] = []
     async with opened(database_url, tmp_path, on_committed=changes.extend) as ledger:
         left = list(history)
         while left:
@@ -339,21 +339,21 @@ async def test_meters_that_record_the_same_requests_at_the_same_time_count_each_
 
 
 async def test_changes_are_told_by_group_before_record_returns(database_url: str, tmp_path: Path) -> None:
-    told: list[list[Change]] = []
+    told: list[list[RowChange]] = []
     async with opened(database_url, tmp_path, on_committed=told.append) as ledger:
         red = account("cmpl-1", team="red", completion_price=0.5e6)
         await ledger.record([settlement("cmpl-1", 3, account=red), numbered(2, completion_tokens=4), numbered(3)])
         [changes] = told
         assert sorted(changes) == [
-            Change("key", "", "m", "finished", 2, 4, 0, 5, 0.0),
-            Change("key", "red", "m", "finished", 1, 2, 0, 3, 1.5),
+            RowChange("key", "", "m", "finished", 2, 4, 0, 5, 0.0),
+            RowChange("key", "red", "m", "finished", 1, 2, 0, 3, 1.5),
         ]
 
 
 async def test_a_correction_is_told_as_a_difference_and_a_repetition_not_at_all(
     database_url: str, tmp_path: Path
 ) -> None:
-    told: list[list[Change]] = []
+    told: list[list[RowChange]] = []
     async with opened(database_url, tmp_path, on_committed=told.append) as ledger:
         await ledger.record([BY_ENGINE])
         told.clear()
@@ -361,8 +361,8 @@ async def test_a_correction_is_told_as_a_difference_and_a_repetition_not_at_all(
         await ledger.record([BY_INGRESS])
     [changes] = told
     assert sorted(changes) == [
-        Change("key", "", "m", "disconnected", -1, -2, 0, -5, 0.0),
-        Change("key", "", "m", "finished", 1, 2, 0, 7, 0.0),
+        RowChange("key", "", "m", "disconnected", -1, -2, 0, -5, 0.0),
+        RowChange("key", "", "m", "finished", 1, 2, 0, 7, 0.0),
     ]
 
 

@@ -10,7 +10,7 @@ from deployments.meter.errors import LedgerUnavailable, MeterClosed
 from deployments.meter.ledger.usage import Used
 from deployments.meter.limits import limit_book
 from deployments.meter.limits.limit_book import LimitBook
-from deployments.meter.limits.limits import Demand, check
+from deployments.meter.limits.limits import LimitDemand, check
 from tests.deployments.meter.running_meter import Clock
 
 LIMITS = Limits(tokens_per_day=100, money_per_month=5.0)
@@ -84,7 +84,7 @@ async def test_nothing_is_loaded_while_something_is_recorded(book: LimitBook, le
         ledger.used = Used(100, 0.0)
     await loading
     [key] = book.states("key-1", None)
-    assert check([key], 1_709_121_600.0, Demand(1, 0.0)) is not None
+    assert check([key], 1_709_121_600.0, LimitDemand(1, 0.0)) is not None
 
 
 async def test_nothing_is_recorded_while_something_is_loaded(
@@ -188,11 +188,11 @@ async def test_closing_ends_those_who_wait(book: LimitBook, ledger: MemoryLedger
 
 async def test_only_what_counts_is_kept(book: LimitBook, clock: Clock) -> None:
     key, team = book.states("key-1", "mill")
-    hold = key.take(clock.now, Demand(5, 0.0))
+    hold = key.take(clock.now, LimitDemand(5, 0.0))
     book.forget_idle(clock.now)
     assert len(book) == 1
     assert book.states("key-1", "mill")[0] is key
     assert book.states("key-1", "mill")[1] is not team
-    hold.close(Demand(5, 0.0), clock.now)
+    hold.close(LimitDemand(5, 0.0), clock.now)
     book.forget_idle(clock.now + 60.0)
     assert len(book) == 0

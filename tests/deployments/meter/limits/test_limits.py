@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from deployments.contracts import Limits, RateLimits
 from deployments.meter.ledger.periods import PeriodName, period_at
-from deployments.meter.limits.limits import CONCURRENCY_RETRY_S, NOTHING, Demand, Hold, LimitState, check, rate_limits
+from deployments.meter.limits.limits import (
+    CONCURRENCY_RETRY_S,
+    NOTHING,
+    Hold,
+    LimitDemand,
+    LimitState,
+    check,
+    rate_limits,
+)
 from deployments.meter.limits.minute_window import MinuteWindow, WindowEntry
 
 NOON = datetime(2024, 2, 28, 12, tzinfo=UTC).timestamp()
@@ -137,7 +145,7 @@ def made(whose: str = "this key", **limits: Any) -> LimitState:
     return state
 
 
-ONE = Demand(10, 0.5)
+ONE = LimitDemand(10, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -184,9 +192,9 @@ def test_of_several_limits_the_one_that_lasts_longest_is_told() -> None:
 
 def test_a_hold_that_is_closed_frees_all_but_what_was_used() -> None:
     state = made(requests_per_minute=2, tokens_per_minute=20, concurrency=1, tokens_per_day=20, money_per_day=1.0)
-    state.take(NOON, Demand(20, 1.0)).close(Demand(3, 0.1), NOON)
-    assert check([state], NOON, Demand(17, 0.9)) is None
-    assert [refusal.code for refusal in state.refusals(NOON, Demand(18, 0.91))] == [
+    state.take(NOON, LimitDemand(20, 1.0)).close(LimitDemand(3, 0.1), NOON)
+    assert check([state], NOON, LimitDemand(17, 0.9)) is None
+    assert [refusal.code for refusal in state.refusals(NOON, LimitDemand(18, 0.91))] == [
         "rate_limit_exceeded",
         "insufficient_quota",
         "insufficient_quota",
@@ -222,7 +230,7 @@ def test_quotas_are_unknown_until_loaded_and_again_when_their_time_is_over() -> 
 
 
 def test_three_times_a_tenth_fits_into_three_tenths() -> None:
-    state, tenth = made(money_per_day=0.3), Demand(1, 0.1)
+    state, tenth = made(money_per_day=0.3), LimitDemand(1, 0.1)
     for _ in range(3):
         assert check([state], NOON, tenth) is None
         state.take(NOON, tenth)
@@ -277,10 +285,10 @@ def test_a_retry_after_the_wait_is_admitted_and_one_before_is_not(
 
     for tokens, pause_s, share, ends in requests:
         now += pause_s
-        demand = Demand(tokens, tokens / 10)
+        demand = LimitDemand(tokens, tokens / 10)
         if running and ends:
             for hold in running.pop(0):
-                hold.close(Demand(int(share * 5), 0.0), NOON)
+                hold.close(LimitDemand(int(share * 5), 0.0), NOON)
         refused = refusal(now)
         if refused is None:
             running.append([state.take(now, demand) for state in states])

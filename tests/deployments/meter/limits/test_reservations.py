@@ -9,7 +9,7 @@ import pytest
 
 from deployments.contracts import Account, Limits, Settlement, SettlementStatus, Witness
 from deployments.meter.errors import MeterBusy
-from deployments.meter.limits.limits import Demand, LimitState
+from deployments.meter.limits.limits import LimitDemand, LimitState
 from deployments.meter.limits.reservation_journal import JournaledReservation, ReservationJournal
 from deployments.meter.limits.reservations import Reservation, Reservations, demand_of
 from tests.deployments.settlement.rewrites import written
@@ -76,7 +76,7 @@ def test_what_is_reserved_is_corrected_to_what_was_used(reservations: Reservatio
 
 def test_the_worst_case_is_priced(reservations: Reservations) -> None:
     priced = Account("cmpl-1", "key-1", "m", 10, 2, reserved_tokens=30, prompt_price=1.0, completion_price=4.0)
-    assert demand_of(priced) == Demand(30, (10 * 1.0 + 20 * 4.0) / 1e6)
+    assert demand_of(priced) == LimitDemand(30, (10 * 1.0 + 20 * 4.0) / 1e6)
 
 
 def test_a_refused_request_gives_back_everything(reservations: Reservations, key: LimitState) -> None:

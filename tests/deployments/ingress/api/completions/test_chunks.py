@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 from deployments.ingress.api.completions.chunks import (
     DONE,
     KEEP_ALIVE,
-    Choice,
     ChoiceDelta,
     ChunkTemplate,
-    Usage,
+    WrittenChoice,
+    WrittenUsage,
     completion_body,
     error_event,
 )
-from deployments.ingress.api.completions.logprobs import Logprobs
+from deployments.ingress.api.completions.logprobs import WrittenLogprobs
 from deployments.ingress.errors import InvalidRequest
 
 texts = st.text() | st.text(alphabet='\x00\x1f\x7f"\\/\n\r\t\u2028\u2029\ufeff\ufffd€日👩‍🚀%{}b', max_size=20)
 reasons: st.SearchStrategy[Literal["stop", "length"] | None] = st.sampled_from(["stop", "length", None])
 stop_reasons = st.none() | st.integers(0, 2**31) | texts
 counts = st.integers(0, 2**40)
-usages = st.builds(Usage, counts, counts, counts)
+usages = st.builds(WrittenUsage, counts, counts, counts)
 token_ids = st.lists(st.integers(0, 2**31), max_size=4)
 numbers = st.floats(-9999.0, 0.0)
 positions = st.tuples(counts, st.none() | numbers, texts, st.none() | st.dictionaries(texts, numbers, max_size=3))
@@ -43,8 +43,8 @@ prompt_logprobs = st.lists(
 )
 
 
-def logprobs_of(told: Sequence[tuple[int, float | None, str, dict[str, float] | None]]) -> Logprobs:
-    return Logprobs(
+def logprobs_of(told: Sequence[tuple[int, float | None, str, dict[str, float] | None]]) -> WrittenLogprobs:
+    return WrittenLogprobs(
         text_offset=[offset for offset, *_ in told],
         token_logprobs=[logprob for _, logprob, *_ in told],
         tokens=[token for *_, token, _ in told],
@@ -55,7 +55,7 @@ def logprobs_of(told: Sequence[tuple[int, float | None, str, dict[str, float] | 
 all_logprobs = st.lists(positions, max_size=3).map(logprobs_of)
 
 
-def logprobs_fields(logprobs: Logprobs | None) -> dict[str, Any] | None:
+def logprobs_fields(logprobs: WrittenLogprobs | None) -> dict[str, Any] | None:
     if logprobs is None:
         return None
     return {
@@ -66,7 +66,7 @@ def logprobs_fields(logprobs: Logprobs | None) -> dict[str, Any] | None:
     }
 
 
-def usage_fields(usage: Usage) -> dict[str, Any]:
+def usage_fields(usage: WrittenUsage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -104,7 +104,7 @@ def choice_deltas(draw: st.DrawFn) -> ChoiceDelta:
 @example(ChoiceDelta(0, 'a"b\\c\n\u2028\u2029\x00%b%d%%', None), "m%b", None, True)
 @example(ChoiceDelta(0, "", "stop", "%b%d"), "m", None, True)
 def test_a_chunk_is_the_dumped_dictionary(
-    delta: ChoiceDelta, model: str, usage: Usage | None, usage_follows: bool
+    delta: ChoiceDelta, model: str, usage: WrittenUsage | None, usage_follows: bool
 ) -> None:
     chunk = ChunkTemplate(head(model), usage_follows=usage_follows).chunk(delta, usage)
     choice: dict[str, Any] = {
@@ -127,7 +127,7 @@ def test_a_chunk_is_the_dumped_dictionary(
 
 
 @given(texts, usages)
-def test_the_usage_chunk_is_the_dumped_dictionary(model: str, usage: Usage) -> None:
+def test_the_usage_chunk_is_the_dumped_dictionary(model: str, usage: WrittenUsage) -> None:
     chunk = ChunkTemplate(head(model), usage_follows=True).usage(usage)
     assert chunk == event({**head(model), "choices": [], "usage": usage_fields(usage)})
 
@@ -135,7 +135,7 @@ def test_the_usage_chunk_is_the_dumped_dictionary(model: str, usage: Usage) -> N
 # --- whole answers -------------------------------------------------------------------------------------------------
 
 choices = st.builds(
-    Choice,
+    WrittenChoice,
     index=st.integers(0, 1023),
     text=texts,
     logprobs=st.none() | all_logprobs,
@@ -148,7 +148,7 @@ choices = st.builds(
 
 
 @given(texts, st.lists(choices, max_size=3), usages)
-def test_a_whole_answer_is_the_dumped_dictionary(model: str, told: list[Choice], usage: Usage) -> None:
+def test_a_whole_answer_is_the_dumped_dictionary(model: str, told: list[WrittenChoice], usage: WrittenUsage) -> None:
     expected: list[dict[str, Any]] = []
     for choice in told:
         fields: dict[str, Any] = {
@@ -171,7 +171,7 @@ NOT_ASKED_FOR = {"stop_reason": None, "token_ids": None, "prompt_token_ids": Non
 
 def test_what_nobody_asked_for_is_null_as_in_vllm() -> None:
     delta = ChoiceDelta(0, "a", "length")
-    [told] = json.loads(completion_body({}, [Choice.joined(0, [delta])], Usage(1, 1, 0)))["choices"]
+    [told] = json.loads(completion_body({}, [WrittenChoice.joined(0, [delta])], WrittenUsage(1, 1, 0)))["choices"]
     plain = {"index": 0, "text": "a", "logprobs": None, "finish_reason": "length"}
     assert told == {**plain, **NOT_ASKED_FOR, "prompt_logprobs": None}
     chunk = ChunkTemplate(head("m"), usage_follows=False).chunk(ChoiceDelta(0, "a", None))
@@ -189,7 +189,7 @@ def test_a_choice_is_joined_from_its_deltas() -> None:
         ChoiceDelta(7, "", None, None, logprobs_of([(2, -2.0, "", {"": -2.0}), (2, None, "c", None)]), [6, 7]),
         ChoiceDelta(7, "c", "stop", "!", logprobs_of([]), []),
     ]
-    assert Choice.joined(1, deltas) == Choice(
+    assert WrittenChoice.joined(1, deltas) == WrittenChoice(
         1,
         "abc",
         logprobs_of([(0, -1.0, "ab", {"ab": -1.0}), (2, -2.0, "", {"": -2.0}), (2, None, "c", None)]),
@@ -206,7 +206,7 @@ def test_joining_leaves_the_deltas_as_they_are() -> None:
         ChoiceDelta(0, "a", None, None, logprobs_of([(0, -1.0, "a", None)]), [5]),
         ChoiceDelta(0, "b", "length", None, logprobs_of([(1, -1.0, "b", None)]), [6]),
     ]
-    once, again = Choice.joined(0, deltas), Choice.joined(0, deltas)
+    once, again = WrittenChoice.joined(0, deltas), WrittenChoice.joined(0, deltas)
     assert once == again
     assert deltas[0].logprobs == logprobs_of([(0, -1.0, "a", None)])
     assert deltas[0].token_ids == [5]
@@ -241,7 +241,7 @@ def test_how_a_choice_came_in_pieces_does_not_show(
         [token_id for _, ids, _ in pieces for token_id in ids],
         [9],
     )
-    assert Choice.joined(0, deltas) == Choice.joined(0, [whole])
+    assert WrittenChoice.joined(0, deltas) == WrittenChoice.joined(0, [whole])
 
 
 # --- everything else -----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import SimulatedOutput, Simulator
 from deployments.ingress.api.completions import completion
 from deployments.ingress.app import IngressSettings, build_app
-from deployments.ingress.routing.catalog import Infilling
+from deployments.ingress.routing.catalog import FillInTheMiddle
 from tests.deployments.ingress.letter_tokenizer import LETTERS, VOCABULARY_TOKENS
 from tests.deployments.ingress.memory_gateway import AUTHORIZED, BODY_LIMIT_BYTES, Gateway, gateway, meter_client_of
 from tests.deployments.ingress.memory_replicas import LIMITS, SETTINGS, MemoryLine, MemoryReplica
@@ -803,7 +803,7 @@ async def test_a_request_within_the_deadline_does_not_notice_it(tmp_path: Path, 
 
 # --- what the model cannot do --------------------------------------------------------------------------------------
 
-FILLING = Infilling(prefix="p", suffix="s", middle="m")
+FILLING = FillInTheMiddle(prefix="p", suffix="s", middle="m")
 
 
 @in_virtual_time

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from deployments.contracts import PositionLogprobs
-from deployments.ingress.api.completions.logprobs import Logprobs, LogprobsWriter, prompt_logprobs_fields
+from deployments.ingress.api.completions.logprobs import LogprobsWriter, WrittenLogprobs, prompt_logprobs_fields
 from deployments.ingress.inference.detokenizer import Detokenizer
 from deployments.ingress.inference.token_texts import TokenTexts
 from tests.deployments.ingress.byte_level import byte_alphabet, byte_level_tokenizer
@@ -72,11 +72,11 @@ def writer(tokenizer: Tokenizer, *, top: int | None = 0, as_token_ids: bool = Fa
     return LogprobsWriter(TokenTexts(tokenizer), top=top, as_token_ids=as_token_ids)
 
 
-def written(tokenizer: Tokenizer, token_ids: Sequence[int]) -> Logprobs:
+def written(tokenizer: Tokenizer, token_ids: Sequence[int]) -> WrittenLogprobs:
     return writer(tokenizer).generated(token_ids, [position(token_id) for token_id in token_ids])
 
 
-def assert_adds_up(logprobs: Logprobs, text: str) -> None:
+def assert_adds_up(logprobs: WrittenLogprobs, text: str) -> None:
     assert "".join(logprobs.tokens) == text
     assert len(logprobs.text_offset) == len(logprobs.tokens)
     for offset, token in zip(logprobs.text_offset, logprobs.tokens, strict=True):
@@ -300,7 +300,7 @@ def test_of_the_first_token_of_an_echo_nothing_is_known(as_token_ids: bool) -> N
     logprobs = echo.prompt([A, B], [None, position(B, C)])
     logprobs.extend(echo.generated([C], [position(C)]))
     a, b, c = [f"token_id:{token_id}" for token_id in (A, B, C)] if as_token_ids else "abc"
-    assert logprobs == Logprobs(
+    assert logprobs == WrittenLogprobs(
         text_offset=[0, len(a), len(a + b)],
         token_logprobs=[None, -0.5, -0.5],
         tokens=[a, b, c],
@@ -375,7 +375,7 @@ def test_pieces_make_the_same_as_the_whole(
 ) -> None:
     prompt_ids, token_ids = [A, *chosen(prompt)], chosen(generated)
 
-    def in_pieces(cuts: Sequence[int]) -> Logprobs:
+    def in_pieces(cuts: Sequence[int]) -> WrittenLogprobs:
         one = writer(byte_level(), top=top, as_token_ids=as_token_ids)
         logprobs = one.prompt(prompt_ids, [None, *prompt])
         ends = [*sorted(min(cut, len(token_ids)) for cut in cuts), len(token_ids)]
@@ -397,7 +397,7 @@ def test_a_writer_of_one_choice_knows_nothing_of_another() -> None:
     one, other = (LogprobsWriter(texts, top=0, as_token_ids=False) for _ in range(2))
     one.generated([A, first], [position(A), position(first)])
     assert other.generated([second], [position(second)]).tokens == [""]
-    assert one.generated([second], [position(second)]) == Logprobs([1], [-0.5], ["é"], [{"é": -0.5}])
+    assert one.generated([second], [position(second)]) == WrittenLogprobs([1], [-0.5], ["é"], [{"é": -0.5}])
 
 
 # --- prompt_logprobs -----------------------------------------------------------------------------------------------
