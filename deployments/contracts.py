@@ -1,9 +1,10 @@
 """Every message that crosses a process boundary, reviewed as one contract.
 
-All are msgspec structs sent as MessagePack bytes inside a Ray Serve call, so that Serve pickles one `bytes` object
-and nothing else. Structs on the step stream are arrays (no field names on the wire): append fields only at the end
-and give them defaults. Encode and decode with `pack` and `unpack`; the msgspec Encoder and Decoder objects cannot be
-pickled and so must not be captured by a class that Serve ships by value.
+All are msgspec structs sent as MessagePack bytes, over the cluster's own connections (deployments/connections/) or
+inside a call through Ray Serve, which then pickles one `bytes` object and nothing else. Structs on the step stream are
+arrays (no field names on the wire): append fields only at the end and give them defaults. Encode and decode with `pack`
+and `unpack`; the msgspec Encoder and Decoder objects cannot be pickled and so must not be captured by a class that
+Serve ships by value.
 
 Couplings: `Submission`, `EngineStep` between deployments/ingress/routing/replica_stream.py and
 deployments/engine/replica.py; `AdmissionRequest`, `Settlement` between deployments/ingress/meter_client.py and

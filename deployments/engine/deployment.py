@@ -57,7 +57,6 @@ def build_engine(model: ModelConfig, folder: Path) -> Engine:
                 kv_blocks=engine.kv_blocks,
                 prefix_cache=engine.prefix_cache,
             ),
-            max_model_len=engine.max_model_len,
             max_waiting=model.max_waiting,
             start_up_s=engine.start_up_s,
         )

@@ -47,9 +47,6 @@ class Deliver(Protocol):
 class Engine(Protocol):
     """A continuous-batching engine. All methods are called on one event loop."""
 
-    max_model_len: int
-    """Prompt and completion tokens of one generation together, at most."""
-
     max_num_seqs: int
     """Sequences in the batch at most."""
 

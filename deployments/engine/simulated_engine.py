@@ -37,10 +37,7 @@ def vocabulary_of(folder: Path) -> tuple[int, int]:
 class SimulatedEngine:
     """Runs a `Simulator` step by step; each step's tokens are delivered when the step's time has passed."""
 
-    def __init__(
-        self, settings: SimulatorSettings, *, max_model_len: int, max_waiting: int, start_up_s: float = 0.0
-    ) -> None:
-        self.max_model_len = max_model_len
+    def __init__(self, settings: SimulatorSettings, *, max_waiting: int, start_up_s: float = 0.0) -> None:
         self.max_num_seqs = settings.max_num_seqs
         self.step_times = StepTimes()
         self.on_death: Callable[[], None] = lambda: None

@@ -71,7 +71,6 @@ class VllmEngine:
     """One AsyncLLM with its engine core in child processes."""
 
     def __init__(self, settings: VllmSettings, *, max_waiting: int, stall_timeout_s: float) -> None:
-        self.max_model_len = settings.max_model_len or 0
         self.max_num_seqs = settings.max_num_seqs
         self.step_times = StepTimes()
         self._settings = settings
@@ -127,7 +126,6 @@ class VllmEngine:
         self._engine = await asyncio.to_thread(AsyncLLMEngine.from_engine_args, arguments, stat_loggers=loggers)
         await self._warm_up()
         self._gauge = gauge
-        self.max_model_len = self._engine.model_config.max_model_len
 
     def submit(
         self, key: str, token_ids: list[int], sampling: Sampling, deliver: Deliver, *, resumed: bool = False

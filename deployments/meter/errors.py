@@ -1,8 +1,9 @@
 """What can go wrong in the meter, apart from a refused admission, which is an answer
 (contracts.AdmissionRefused).
 
-All of these cross a process boundary inside a Ray Serve call, so each must survive pickling: an exception
-passes all it was made with to `super().__init__` and writes its words in `__str__`.
+They cross to other processes by the name of their class (deployments/meter/remote/meter_connection.py), and when a call
+through Serve ends with one, pickled: an exception passes all it was made with to `super().__init__` and writes its
+words in `__str__`.
 """
 
 from __future__ import annotations

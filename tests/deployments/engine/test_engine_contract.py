@@ -28,7 +28,7 @@ from tests.deployments.engine.engines_under_test import (
 
 def simulated_engine() -> SimulatedEngine:
     settings = SimulatorSettings(vocabulary_tokens=49_152, step_s=0.001, max_num_seqs=MAX_NUM_SEQS, kv_blocks=256)
-    return SimulatedEngine(settings, max_model_len=MAX_MODEL_LEN, max_waiting=MAX_WAITING)
+    return SimulatedEngine(settings, max_waiting=MAX_WAITING)
 
 
 @pytest.fixture(scope="module", params=["simulated", pytest.param("vllm", marks=VLLM_MARKS)])
@@ -253,7 +253,7 @@ async def test_the_load_tells_what_waits_what_runs_and_the_kv_blocks(engine: Eng
     idle = engine.load()
     assert is_idle(idle)
     assert idle.kv_blocks_total > 0
-    assert idle.kv_blocks_total * idle.kv_block_tokens >= engine.max_model_len
+    assert idle.kv_blocks_total * idle.kv_block_tokens >= MAX_MODEL_LEN
     receiver = Receiver()
     engine.submit("a", PROMPT, greedy(8), receiver)
     submitted = engine.load()
@@ -290,10 +290,6 @@ async def test_a_busy_engine_is_healthy(engine: Engine) -> None:
         checks += 1
     assert checks > 1
     assert [len(receiver.tokens) for receiver in receivers] == [12] * MAX_NUM_SEQS
-
-
-async def test_the_context_length_is_known_once_started(engine: Engine) -> None:
-    assert engine.max_model_len == MAX_MODEL_LEN
 
 
 async def test_an_engine_that_was_never_started_can_be_shut_down(make_engine: Callable[[], Engine]) -> None:

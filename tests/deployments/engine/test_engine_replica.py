@@ -34,7 +34,6 @@ from tests.deployments.accounts import RecordedOutbox, account
 class ScriptedEngine:
     """Delivers when told to, refuses when `full`, and is as healthy as the test wants."""
 
-    max_model_len = 512
     max_num_seqs = 4
 
     def __init__(self) -> None:

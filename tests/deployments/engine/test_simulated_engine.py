@@ -17,7 +17,7 @@ from tests.deployments.engine.engines_under_test import Receiver, complete, gree
 
 def simulated(*, max_waiting: int = 4, step_s: float = 0.0, max_num_seqs: int = 8) -> SimulatedEngine:
     settings = SimulatorSettings(vocabulary_tokens=100, step_s=step_s, max_num_seqs=max_num_seqs)
-    return SimulatedEngine(settings, max_model_len=512, max_waiting=max_waiting)
+    return SimulatedEngine(settings, max_waiting=max_waiting)
 
 
 async def test_every_replica_answers_the_same_tokens() -> None:

@@ -71,7 +71,7 @@ class MemoryReplica:
         """Numbers of the generations that were to be aborted."""
         self.released: list[str] = []
         """Requests that it was told to forget."""
-        self._engine = SimulatedEngine(settings, max_model_len=2048, max_waiting=max_waiting)
+        self._engine = SimulatedEngine(settings, max_waiting=max_waiting)
         self.outbox = RecordedOutbox()
         """What the replica settled itself."""
         self._replica = EngineReplica(self._engine, Orphanage(self.outbox))
