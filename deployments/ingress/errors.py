@@ -293,9 +293,10 @@ class NotResumable(ApiError):
 
 class OutputNotConforming(ApiError):
     """The model's output does not conform to what the request asks for, or cannot go on within it. The same request
-    most likely ends so again."""
+    most likely ends so again: it is the request that has to change."""
 
-    status = 500
+    status = 400
+    type = "invalid_request_error"
     code = "output_not_conforming"
 
     def __init__(self, param: str) -> None:

@@ -69,7 +69,7 @@ async def test_output_that_does_not_conform_is_an_error(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
         install(gate, Checker(conforming=False))
         response = await gate.complete(guided_regex=".*", max_tokens=6)
-        assert response.status_code == 500
+        assert response.status_code == 400
         error = response.json()["error"]
         assert (error["code"], error["param"]) == ("output_not_conforming", "guided_regex")
         assert "retry" not in error["message"].lower()
@@ -158,6 +158,6 @@ async def test_plain_requests_ask_nothing_of_the_checker(tmp_path: Path) -> None
 async def test_an_end_before_min_tokens_is_an_error(tmp_path: Path, ended: None) -> None:
     async with gateway(tmp_path) as gate:
         install(gate, Checker())
-        for min_tokens, status in ((5, 200), (6, 500)):
+        for min_tokens, status in ((5, 200), (6, 400)):
             response = await gate.complete(guided_regex=".*", max_tokens=6, min_tokens=min_tokens)
             assert response.status_code == status
