@@ -234,14 +234,13 @@ class Harm:
             if self._own_beat is not None:
                 self._own_beat.cancel()
         after = await asyncio.to_thread(self._processes)
-        violations = [*_violations_of_streams(harmed), *_violations_of_answers(answers)]
-        if before != after:
-            violations.append(f"processes: {before} before, {after} after")
+        violations = [] if before == after else [f"processes: {before} before, {after} after"]
         violations += [
             f"memory: {name} grew from {least >> 20} to {most >> 20} MB"
             for name, (least, most) in self._growth.items()
             if most - least > _MAX_GROWTH_BYTES
         ]
+        violations += [*_violations_of_answers(answers), *_violations_of_streams(harmed)]
         await self._settled()
         violations += self._violations_of_ledger(answers)
         violations += [

@@ -25,6 +25,8 @@ _INLINE_SIZE = 2048
 _THREADS = 2
 _MAX_TOKENS = 2**18
 """Of one text: what its answer tells is made with the GIL held."""
+_MAX_TEXT_BYTES = 2**20
+"""Tokenizing takes some 150 bytes of memory for each token, of which there may be nearly as many as bytes."""
 
 _CHAT = "only a prompt can be tokenized, not a chat"
 
@@ -38,7 +40,7 @@ class TokenizeRequest(Body):
     model: _ModelName | None = None
     """Name of the model; may be left out where the server has only one."""
     prompt: str
-    """The text."""
+    """The text, of at most 1048576 bytes in UTF-8."""
     add_special_tokens: bool | None = True
     """With the special tokens that the model's tokenizer puts around a text."""
     return_token_strs: bool | None = False
@@ -72,6 +74,10 @@ class Tokenization:
 
     async def tokenize(self, body: bytes) -> bytes:
         request = await parsed(body, partial(parse_body, kind=TokenizeRequest))
+        if (size := len(request.prompt.encode())) > _MAX_TEXT_BYTES:
+            raise InvalidRequest(
+                f"The text has {size} bytes; expected at most {_MAX_TEXT_BYTES}. Tokenize it in parts.", param="prompt"
+            )
         model = self._model(request.model)
         if len(request.prompt) <= _INLINE_SIZE:
             return _tokenized(model, request)

@@ -54,6 +54,16 @@ async def test_a_text_of_too_many_tokens_is_refused(tmp_path: Path, monkeypatch:
 
 
 @in_virtual_time
+async def test_a_text_that_would_take_much_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "_MAX_TEXT_BYTES", 5)
+    async with gateway(tmp_path) as gate:
+        assert (await tokenize(gate, prompt="hello")).json()["count"] == 5
+        error = (await tokenize(gate, prompt="éèê")).json()["error"]
+        message = "The text has 6 bytes; expected at most 5. Tokenize it in parts."
+        assert (error["param"], error["message"]) == ("prompt", message)
+
+
+@in_virtual_time
 async def test_tokens_become_a_text(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
         response = await detokenize(gate, model="m", tokens=HELLO)
