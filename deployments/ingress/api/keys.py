@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -30,7 +29,7 @@ from deployments.contracts import (
     UpdateKey,
 )
 from deployments.ingress.errors import Conflict, InvalidRequest, ObjectNotFound, PermissionDenied
-from deployments.ingress.http.json_body import Body, parse_body, parsed
+from deployments.ingress.http.json_body import Body, parsed_body
 from deployments.ingress.http.query_parameters import QueryParameters
 from deployments.meter.keys.key_values import LARGEST_LIMIT, MAX_LABELS, MAX_MODELS, MAX_TEXT, TEAM_NAME
 from deployments.resources import key_card, team_card
@@ -139,7 +138,7 @@ def administration_routes(
         return _list([key_card(record) for record in (await carried_out(command)).keys])
 
     async def create_key(request: Request) -> Response:
-        body = await parsed(await read_body(request), partial(parse_body, kind=CreateKeyRequest))
+        body = await parsed_body(await read_body(request), CreateKeyRequest)
         draft = KeyDraft(
             name=body.name,
             owner=body.owner,
@@ -155,7 +154,7 @@ def administration_routes(
         return await about_key(GetKey(request.path_params["key_id"]))
 
     async def update_key(request: Request) -> Response:
-        body = await parsed(await read_body(request), partial(parse_body, kind=UpdateKeyRequest))
+        body = await parsed_body(await read_body(request), UpdateKeyRequest)
         return await about_key(UpdateKey(request.path_params["key_id"], _changes(body)))
 
     async def rotate_key(request: Request) -> Response:
@@ -168,7 +167,7 @@ def administration_routes(
         return _list([team_card(record) for record in (await carried_out(ListTeams())).teams])
 
     async def set_team(request: Request) -> Response:
-        body = await parsed(await read_body(request), partial(parse_body, kind=TeamRequest))
+        body = await parsed_body(await read_body(request), TeamRequest)
         answer = await carried_out(SetTeam(request.path_params["name"], _limits(body.limits)))
         return _json(team_card(answer.teams[0]))
 

@@ -5,7 +5,6 @@ Special tokens are handled as vLLM 0.32 does: `/tokenize` adds those that prompt
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -15,7 +14,7 @@ from pydantic import Field
 
 from deployments.ingress.api.parameter_types import MAX_MODEL_NAME, NotServed, TokenIds
 from deployments.ingress.errors import InvalidRequest
-from deployments.ingress.http.json_body import Body, parse_body, parsed
+from deployments.ingress.http.json_body import Body, parsed_body
 from deployments.ingress.routing.catalog import Catalog, ServedModel
 
 __all__ = ["DetokenizeRequest", "Tokenization", "TokenizeRequest"]
@@ -73,7 +72,7 @@ class Tokenization:
         self._threads = CapacityLimiter(_THREADS)
 
     async def tokenize(self, body: bytes) -> bytes:
-        request = await parsed(body, partial(parse_body, kind=TokenizeRequest))
+        request = await parsed_body(body, TokenizeRequest)
         if (size := len(request.prompt.encode())) > _MAX_TEXT_BYTES:
             raise InvalidRequest(
                 f"The text has {size} bytes; expected at most {_MAX_TEXT_BYTES}. Tokenize it in parts.", param="prompt"
@@ -84,7 +83,7 @@ class Tokenization:
         return await run_sync(_tokenized, model, request, limiter=self._threads)
 
     async def detokenize(self, body: bytes) -> bytes:
-        request = await parsed(body, partial(parse_body, kind=DetokenizeRequest))
+        request = await parsed_body(body, DetokenizeRequest)
         model = self._model(request.model)
         if len(request.tokens) <= _INLINE_SIZE:
             return _detokenized(model, request)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Final, TypeVar
 
 import msgspec
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deployments.ingress.errors import InvalidRequest
 
-__all__ = ["INT32_MAX", "MAX_PROMPTS", "Body", "parse_body", "parsed"]
+__all__ = ["INT32_MAX", "MAX_PROMPTS", "Body", "parse_body", "parsed", "parsed_body"]
 
 INT32_MAX = 2**31 - 1
 """What engines keep in 32 bits."""
@@ -67,6 +68,11 @@ async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:
     if len(body) <= _SMALL_BODY_BYTES:
         return parse(body)
     return await run_sync(parse, body, limiter=_parsers)
+
+
+async def parsed_body(body: bytes, kind: type[B]) -> B:
+    """`parse_body(body, kind)`, off the event loop if the body is large."""
+    return await parsed(body, partial(parse_body, kind=kind))
 
 
 _BYTE_ORDER_MARKS = (
