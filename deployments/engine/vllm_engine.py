@@ -94,6 +94,7 @@ class VllmEngine:
         from vllm.config import StructuredOutputsConfig
         from vllm.platforms import current_platform
 
+        from deployments.engine._vllm_cpu_worker import worker_class
         from deployments.engine._vllm_executor import executor_for
         from deployments.engine._vllm_stats import EngineGauge, stat_loggers
 
@@ -109,6 +110,7 @@ class VllmEngine:
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
             distributed_executor_backend=executor_for(settings.tensor_parallel_size * settings.pipeline_parallel_size),
+            worker_cls=worker_class(),
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             gpu_memory_utilization=settings.gpu_memory_utilization,

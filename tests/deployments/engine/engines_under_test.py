@@ -15,6 +15,7 @@ from deployments.engine.vllm_engine import VllmEngine, VllmSettings
 
 __all__ = [
     "MAX_MODEL_LEN",
+    "MAX_NUM_BATCHED_TOKENS",
     "MAX_NUM_SEQS",
     "MAX_WAITING",
     "PROMPT",
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_WAITING = 512, 8, 4
+
+MAX_NUM_BATCHED_TOKENS = 64
+"""As in the cluster.yaml that is shipped: longer prompts are read in several steps."""
 
 PROMPT = [504, 3575, 282, 4649, 314]
 """`The capital of France is` in SmolLM2's tokens."""
@@ -117,7 +121,7 @@ def vllm_engine(model: Path, *, stall_timeout_s: float) -> VllmEngine:
         tensor_parallel_size=1,
         pipeline_parallel_size=1,
         max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=None,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         gpu_memory_utilization=0.9,
         kv_cache_gib=1,
         enforce_eager=True,

@@ -16,6 +16,7 @@ from deployments.contracts import Sampling
 from deployments.engine.engine import EngineUnhealthy
 from deployments.engine.vllm_engine import VllmEngine
 from tests.deployments.engine.engines_under_test import (
+    MAX_NUM_BATCHED_TOKENS,
     PROMPT,
     VLLM_MARKS,
     Receiver,
@@ -81,6 +82,17 @@ async def test_no_request_waits_for_a_compiler(engine: VllmEngine, compilations:
     await asyncio.gather(*(complete(engine, f"{n}", PROMPT * 3, sampling) for n, sampling in enumerate(ASKED)))
     after = await asyncio.to_thread(compilations.read_text)
     assert after.removeprefix(before) == ""
+
+
+async def test_a_seeded_prompt_that_is_read_in_chunks_draws_as_one_that_is_read_at_once(engine: VllmEngine) -> None:
+    """vLLM turns the generator back after each chunk, which it cannot on CPUs: the engine core died of it."""
+    prompt = [*range(100, 100 + 5 * MAX_NUM_BATCHED_TOKENS // 2)]
+    seeded = Sampling(max_tokens=8, seed=7)
+    in_chunks = await complete(engine, "in chunks", prompt, seeded)
+    at_once = await complete(engine, "at once", prompt, seeded)
+    assert in_chunks.cached_tokens[0] == 0
+    assert at_once.cached_tokens[0] >= 2 * MAX_NUM_BATCHED_TOKENS
+    assert in_chunks.tokens == at_once.tokens
 
 
 async def test_an_engine_core_that_hangs_is_unhealthy_until_it_goes_on(engine: VllmEngine) -> None:
