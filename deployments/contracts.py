@@ -407,6 +407,37 @@ class AdmissionRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     ingress_id: str = ""
     """Who witnesses what the request uses, for as long as it renews its lease (see MeterTransport.renew)."""
 
+    @property
+    def all_choices(self) -> int:
+        """Generated over all prompts."""
+        return len(self.prompts) * self.choices
+
+    def account(
+        self,
+        prompt_tokens: int = 0,
+        *,
+        admitted_at: float | None = None,
+        reserved_tokens: int = 0,
+        prompt_price: float = 0.0,
+        completion_price: float = 0.0,
+    ) -> Account:
+        """With what was decided of it, if it was."""
+        return Account(
+            request_id=self.request_id,
+            key_id=self.key_id,
+            model=self.model,
+            prompt_tokens=prompt_tokens,
+            choices=self.all_choices,
+            team=self.team,
+            dialect=self.dialect,
+            caller_request_id=self.caller_request_id,
+            started_at=self.started_at,
+            admitted_at=admitted_at,
+            reserved_tokens=reserved_tokens,
+            prompt_price=prompt_price,
+            completion_price=completion_price,
+        )
+
 
 class RateLimits(msgspec.Struct, frozen=True, omit_defaults=True):
     """The narrowest limits per minute of a caller after a decision, for the `x-ratelimit-*` headers; None where there

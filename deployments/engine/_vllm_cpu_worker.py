@@ -16,7 +16,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 __all__ = ["SeededCPUWorker", "worker_class"]
 
 
-class SeededCPUWorker(CPUWorker):
+class SeededCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not type-checked here
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Draw no number from the generators of requests whose token is thrown away: then none must be turned back."""
         batch = self.model_runner.input_batch

@@ -151,5 +151,5 @@ class Orphanage:
         tabs, _ = self._left.pop(ingress)
         log.info("ingress gone, its requests are settled here", ingress=ingress, requests=len(tabs))
         for meter, settlement in tabs.settlements():
-            log.info("orphan", completion=settlement.account.request_id, parts=settlement.parts)
+            log.info("orphan", request=settlement.account.request_id, parts=settlement.parts)
             self._outbox.put(meter, settlement)

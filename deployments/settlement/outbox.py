@@ -275,7 +275,7 @@ class SettlementOutbox:
                 self.put(entry.meter, entry.settlement)
                 log.info(
                     "settlement adopted",
-                    completion=entry.settlement.account.request_id,
+                    request=entry.settlement.account.request_id,
                     witness=entry.settlement.witness,
                     parts=entry.settlement.parts,
                 )

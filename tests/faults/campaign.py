@@ -325,16 +325,16 @@ def _violations_of_witnesses(rows: Mapping[str, Any], logs: Path) -> Iterator[st
         with file.open(errors="replace") as lines:
             for line in lines:
                 start = line.find('{"')
-                if start < 0 or '"completion"' not in line:
+                if start < 0 or '"request"' not in line:
                     continue
                 try:
                     told = json.loads(line[start:])
                 except json.JSONDecodeError:
                     continue  # cut off by a kill, or another's line
-                if told.get("event") == "completion":
-                    ingress.setdefault(told["completion"], []).append(told["completion_tokens"])
+                if told.get("event") == "request settled":
+                    ingress.setdefault(told["request"], []).append(told["completion_tokens"])
                 elif told.get("event") == "orphan" or (told.get("event") == "settlement adopted" and told["parts"]):
-                    parts = engines.setdefault(told["completion"], {})
+                    parts = engines.setdefault(told["request"], {})
                     for choice, tokens in told["parts"].items():
                         parts[choice] = max(parts.get(choice, 0), tokens)
     for name, row in rows.items():

@@ -121,11 +121,11 @@ class Rehearsal:
         return rows
 
 
-def completions_logged(gateway: Pod) -> set[str]:
+def requests_logged(gateway: Pod) -> set[str]:
     """Those that the ingress of this pod has relayed to their end, by its log."""
     found: set[str] = set()
     for log in gateway.logs.glob("ray/session_2*/logs/serve/replica_gateway_Ingress_*.log"):
-        found |= set(re.findall(r'"completion": "(cmpl-[^"]+)"', log.read_text()))
+        found |= set(re.findall(r'"request": "(cmpl-[^"]+)"', log.read_text()))
     return found
 
 
@@ -207,7 +207,7 @@ async def gateway_cut_off(rehearsal: Rehearsal) -> str:
     await rehearsal.load.until_finished(open_then)
     broken = [request for request in open_then if request.error is not None]
     broken_s = max(request.ended - begun for request in broken if request.ended is not None)
-    relayed_by_other = completions_logged(other)
+    relayed_by_other = requests_logged(other)
     for request in broken:
         if request.pod != host.name and request.completion_id in relayed_by_other:
             raise Violated(f"{request} broke, though neither its proxy nor its ingress was cut off")

@@ -14,7 +14,7 @@ from deployments.contracts import FinishReason
 from deployments.ingress.inference.detokenizer import Detokenizer
 from deployments.ingress.inference.stop_strings import StopStrings
 
-__all__ = ["TextDelta", "TextStream"]
+__all__ = ["TextDelta", "TextOptions", "TextStream"]
 
 
 class TextDelta(NamedTuple):
@@ -27,33 +27,30 @@ class TextDelta(NamedTuple):
     """The stop string or token id that ended it; None for the end of text or the length, as in vLLM."""
 
 
+class TextOptions(NamedTuple):
+    stops: Sequence[str] = ()
+    include_stop_in_output: bool = False
+    """Keep the stop string, or the text of the stop token, as vLLM does."""
+    min_tokens: int = 0
+    """Stop strings that end within the text of so many tokens are ignored."""
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+
 class TextStream:
     """Pushing ends with the first delta that has `finished` set."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt_token_ids: Sequence[int],
-        *,
-        stops: Sequence[str] = (),
-        include_stop_in_output: bool = False,
-        min_tokens: int = 0,
-        skip_special_tokens: bool = True,
-        spaces_between_special_tokens: bool = True,
-    ) -> None:
-        """`include_stop_in_output` keeps the stop string, or the text of the stop token, as vLLM does.
-
-        Stop strings that end within the text of the first `min_tokens` tokens are ignored.
-        """
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], options: TextOptions) -> None:
         self._detokenizer = Detokenizer(
             tokenizer,
             prompt_token_ids,
-            skip_special_tokens=skip_special_tokens,
-            spaces_between_special_tokens=spaces_between_special_tokens,
+            skip_special_tokens=options.skip_special_tokens,
+            spaces_between_special_tokens=options.spaces_between_special_tokens,
         )
-        self._stop_strings = StopStrings(stops, include_in_output=include_stop_in_output) if stops else None
-        self._include_stop_in_output = include_stop_in_output
-        self._tokens_unarmed = min_tokens
+        stops, include_stop = options.stops, options.include_stop_in_output
+        self._stop_strings = StopStrings(stops, include_in_output=include_stop) if stops else None
+        self._include_stop_in_output = include_stop
+        self._tokens_unarmed = options.min_tokens
 
     def push(self, token_ids: Sequence[int], finish: FinishReason | None = None) -> TextDelta:
         """Take the next tokens and how the engine ended the generation with them.

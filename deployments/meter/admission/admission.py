@@ -134,19 +134,10 @@ class Admission:
 
 
 def _account(request: AdmissionRequest, model: MeteredModel, prompt_tokens: int, now: float) -> Account:
-    choices = len(request.prompts) * request.choices
-    return Account(
-        request_id=request.request_id,
-        key_id=request.key_id,
-        model=model.name,
-        prompt_tokens=prompt_tokens,
-        choices=choices,
-        team=request.team,
-        dialect=request.dialect,
-        caller_request_id=request.caller_request_id,
-        started_at=request.started_at,
+    return request.account(
+        prompt_tokens,
         admitted_at=now,
-        reserved_tokens=prompt_tokens + choices * request.max_tokens,
+        reserved_tokens=prompt_tokens + request.all_choices * request.max_tokens,
         prompt_price=model.prompt_price,
         completion_price=model.completion_price,
     )

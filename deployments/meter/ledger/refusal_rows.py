@@ -7,7 +7,7 @@ from typing import Final
 
 import structlog
 
-from deployments.contracts import Account, AdmissionRequest, Settlement
+from deployments.contracts import AdmissionRequest, Settlement
 from deployments.meter.errors import MeterError
 from deployments.meter.ledger.ledger import Ledger
 
@@ -49,15 +49,4 @@ class RefusalRows:
 
 
 def _row(request: AdmissionRequest, now: float) -> Settlement:
-    account = Account(
-        request_id=request.request_id,
-        key_id=request.key_id,
-        model=request.model,
-        prompt_tokens=0,
-        choices=len(request.prompts) * request.choices,
-        team=request.team,
-        dialect=request.dialect,
-        caller_request_id=request.caller_request_id,
-        started_at=request.started_at,
-    )
-    return Settlement.unused(account, "refused", now)
+    return Settlement.unused(request.account(), "refused", now)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from deployments.ingress.api.completions.logprobs import WrittenLogprobs
+from deployments.ingress.inference.inference import TokenUsage
 
 __all__ = [
     "DONE",
@@ -20,7 +21,6 @@ __all__ = [
     "ChoiceDelta",
     "ChunkTemplate",
     "WrittenChoice",
-    "WrittenUsage",
     "completion_body",
     "error_event",
 ]
@@ -34,22 +34,6 @@ _OBFUSCATED_BYTES = 256
 _OBFUSCATED_END = b'"}\n\n'
 
 _to_json = msgspec.json.encode
-
-
-class WrittenUsage(msgspec.Struct, frozen=True):
-    """Tokens of one request: of the prompts, each once, and over all choices generated."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-    def fields(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
 
 
 class ChoiceDelta(NamedTuple):
@@ -113,7 +97,7 @@ class ChunkTemplate:
         self._index = self._head + b'{"index":'
         self._tail = b'}],"usage":null}\n\n' if usage_follows else b"}]}\n\n"
 
-    def chunk(self, delta: ChoiceDelta, usage: WrittenUsage | None = None) -> bytes:
+    def chunk(self, delta: ChoiceDelta, usage: TokenUsage | None = None) -> bytes:
         """With `usage` as it is so far where the caller asked for it on every chunk."""
         reason = _NO_REASON
         if delta.finish_reason is not None:
@@ -125,7 +109,7 @@ class ChunkTemplate:
             b"null" if delta.logprobs is None else _to_json(delta.logprobs),
             reason,
             _NO_TOKEN_IDS if delta.token_ids is None else _token_ids(delta),
-            self._tail if usage is None else b'}],"usage":%b}\n\n' % _to_json(usage.fields()),
+            self._tail if usage is None else b'}],"usage":%b}\n\n' % _to_json(_usage_fields(usage)),
         )
 
     @staticmethod
@@ -136,9 +120,9 @@ class ChunkTemplate:
         missing = -(len(begin) + len(_OBFUSCATED_END)) % _OBFUSCATED_BYTES
         return begin + token_hex(missing)[:missing].encode() + _OBFUSCATED_END
 
-    def usage(self, usage: WrittenUsage) -> bytes:
+    def usage(self, usage: TokenUsage) -> bytes:
         """The last chunk of a stream whose caller asked for usage: no choices."""
-        return b'%b],"usage":%b}\n\n' % (self._head, _to_json(usage.fields()))
+        return b'%b],"usage":%b}\n\n' % (self._head, _to_json(_usage_fields(usage)))
 
 
 _NO_REASON = b'null,"stop_reason":null'
@@ -150,13 +134,22 @@ def _token_ids(delta: ChoiceDelta) -> bytes:
     return b',"token_ids":%b,"prompt_token_ids":%b' % (_to_json(delta.token_ids), _to_json(delta.prompt_token_ids))
 
 
+def _usage_fields(usage: TokenUsage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
 def error_event(body: bytes) -> bytes:
     """An error after the first byte; no DONE follows, so the client raises it."""
     return b"data: %b\n\n" % body
 
 
 def completion_body(
-    head: Mapping[str, Any], choices: Sequence[WrittenChoice | msgspec.Raw], usage: WrittenUsage
+    head: Mapping[str, Any], choices: Sequence[WrittenChoice | msgspec.Raw], usage: TokenUsage
 ) -> bytes:
     """The answer of a request that does not stream; a choice may be JSON already."""
-    return _to_json({**head, "choices": choices, "usage": usage.fields()})
+    return _to_json({**head, "choices": choices, "usage": _usage_fields(usage)})

@@ -38,6 +38,8 @@ from deployments.ingress.constraints.constraint import (
 )
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.http.json_body import INT32_MAX, MAX_PROMPTS, Body, parse_body
+from deployments.ingress.inference.request import InferenceRequest
+from deployments.ingress.inference.text_stream import TextOptions
 
 __all__ = ["CompletionRequest", "RepetitionDetectionOptions", "StreamOptions", "parse_completion_request"]
 
@@ -400,18 +402,29 @@ class CompletionRequest(Body):
             return GivenConstraint("guided_grammar", Constraint("grammar", self.guided_grammar))
         return None
 
-    def sampling(self, candidate: int, grammar: str | None = None) -> Sampling:
-        """For the `candidate`-th of a prompt: each samples with a seed of its own, counted up as in vLLM. `grammar` is
-        the constraint, as checked.
+    def inference(self, prompts: list[str | list[int]]) -> InferenceRequest:
+        """`prompts`: as the model gets them."""
+        return InferenceRequest(
+            model=self.model,
+            prompts=prompts,
+            prompt_options=self.prompt_options,
+            candidates=self.candidates,
+            max_tokens=self.tokens_per_choice,
+            sampling=self.sampling(),
+            text=TextOptions(
+                stops=self.stop,
+                include_stop_in_output=bool(self.include_stop_str_in_output),
+                min_tokens=self.min_tokens or 0,
+                skip_special_tokens=self.skip_special_tokens is not False,
+                spaces_between_special_tokens=self.spaces_between_special_tokens is not False,
+            ),
+            constraint=self.constraint(),
+            asks_prompt_logprobs="logprobs" if self.prompt_logprobs is None else "prompt_logprobs",
+        )
 
-        After the largest seed comes the smallest. Ranking candidates takes the probability of each token chosen; a
-        prompt that is only scored takes one token to be generated, which nobody sees or pays.
-        """
-        seed = None
-        if self.seed is not None and self.seed != _NO_SEED:
-            seed = (self.seed + candidate + 2**63) % 2**64 - 2**63
-            if seed == _NO_SEED:  # counted up to
-                seed = 2**63 - 1
+    def sampling(self) -> Sampling:
+        """Of the first candidate of each prompt. Ranking candidates takes the probability of each token chosen; a
+        prompt that is only scored takes one token to be generated, which nobody sees or pays."""
         logprobs = self.logprobs if not self.logprob_token_ids else None
         if self.candidates > self.choices and self.logprobs is None:
             logprobs = 0
@@ -426,7 +439,7 @@ class CompletionRequest(Body):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            seed=seed,
+            seed=None if self.seed == _NO_SEED else self.seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
@@ -435,7 +448,6 @@ class CompletionRequest(Body):
             logit_bias=self.logit_bias or None,
             allowed_token_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
             bad_words=tuple(self.bad_words or ()),
-            grammar=grammar,
             repetition_detection=None
             if detection is None
             else RepetitionDetection(detection.max_pattern_size, detection.min_pattern_size, detection.min_count),

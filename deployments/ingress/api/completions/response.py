@@ -85,13 +85,13 @@ class CompletionResponse(Response):
                 else:
                     await self._answer(send)
         except ClientGone:
-            log.info("client gone", completion=completion.id)
+            log.info("client gone", request=completion.id)
         except ApiError as error:
             completion.settle("failed")
             await self._fail(send, error)
         except Exception:
             completion.settle("failed")
-            log.exception("completion failed", completion=completion.id)
+            log.exception("request failed", request=completion.id)
             await self._fail(send, InternalError())
         finally:
             completion.settle("cancelled")  # unless it has ended before; also when Serve cancels it with its client

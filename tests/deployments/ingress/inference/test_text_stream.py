@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from deployments.contracts import FinishReason
-from deployments.ingress.inference.text_stream import TextDelta, TextStream
+from deployments.ingress.inference.text_stream import TextDelta, TextOptions, TextStream
 
 
 @cache
@@ -38,7 +38,7 @@ ENDING_TOKENS: list[tuple[FinishReason, int | None]] = [("stop_token", LINE_FEED
 
 
 def stream(*stops: str, include: bool = False, min_tokens: int = 0) -> TextStream:
-    return TextStream(tokenizer(), ids("prompt"), stops=stops, include_stop_in_output=include, min_tokens=min_tokens)
+    return TextStream(tokenizer(), ids("prompt"), TextOptions(stops, include, min_tokens))
 
 
 def test_text_and_tokens_of_a_batch() -> None:

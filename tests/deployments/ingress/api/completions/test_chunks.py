@@ -17,18 +17,18 @@ from deployments.ingress.api.completions.chunks import (
     ChoiceDelta,
     ChunkTemplate,
     WrittenChoice,
-    WrittenUsage,
     completion_body,
     error_event,
 )
 from deployments.ingress.api.completions.logprobs import WrittenLogprobs
 from deployments.ingress.errors import InvalidRequest
+from deployments.ingress.inference.inference import TokenUsage
 
 texts = st.text() | st.text(alphabet='\x00\x1f\x7f"\\/\n\r\t\u2028\u2029\ufeff\ufffd€日👩‍🚀%{}b', max_size=20)
 reasons: st.SearchStrategy[Literal["stop", "length"] | None] = st.sampled_from(["stop", "length", None])
 stop_reasons = st.none() | st.integers(0, 2**31) | texts
 counts = st.integers(0, 2**40)
-usages = st.builds(WrittenUsage, counts, counts, counts)
+usages = st.builds(TokenUsage, counts, counts, counts)
 token_ids = st.lists(st.integers(0, 2**31), max_size=4)
 numbers = st.floats(-9999.0, 0.0)
 positions = st.tuples(counts, st.none() | numbers, texts, st.none() | st.dictionaries(texts, numbers, max_size=3))
@@ -66,7 +66,7 @@ def logprobs_fields(logprobs: WrittenLogprobs | None) -> dict[str, Any] | None:
     }
 
 
-def usage_fields(usage: WrittenUsage) -> dict[str, Any]:
+def usage_fields(usage: TokenUsage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -104,7 +104,7 @@ def choice_deltas(draw: st.DrawFn) -> ChoiceDelta:
 @example(ChoiceDelta(0, 'a"b\\c\n\u2028\u2029\x00%b%d%%', None), "m%b", None, True)
 @example(ChoiceDelta(0, "", "stop", "%b%d"), "m", None, True)
 def test_a_chunk_is_the_dumped_dictionary(
-    delta: ChoiceDelta, model: str, usage: WrittenUsage | None, usage_follows: bool
+    delta: ChoiceDelta, model: str, usage: TokenUsage | None, usage_follows: bool
 ) -> None:
     chunk = ChunkTemplate(head(model), usage_follows=usage_follows).chunk(delta, usage)
     choice: dict[str, Any] = {
@@ -127,7 +127,7 @@ def test_a_chunk_is_the_dumped_dictionary(
 
 
 @given(texts, usages)
-def test_the_usage_chunk_is_the_dumped_dictionary(model: str, usage: WrittenUsage) -> None:
+def test_the_usage_chunk_is_the_dumped_dictionary(model: str, usage: TokenUsage) -> None:
     chunk = ChunkTemplate(head(model), usage_follows=True).usage(usage)
     assert chunk == event({**head(model), "choices": [], "usage": usage_fields(usage)})
 
@@ -148,7 +148,7 @@ choices = st.builds(
 
 
 @given(texts, st.lists(choices, max_size=3), usages)
-def test_a_whole_answer_is_the_dumped_dictionary(model: str, told: list[WrittenChoice], usage: WrittenUsage) -> None:
+def test_a_whole_answer_is_the_dumped_dictionary(model: str, told: list[WrittenChoice], usage: TokenUsage) -> None:
     expected: list[dict[str, Any]] = []
     for choice in told:
         fields: dict[str, Any] = {
@@ -171,7 +171,7 @@ NOT_ASKED_FOR = {"stop_reason": None, "token_ids": None, "prompt_token_ids": Non
 
 def test_what_nobody_asked_for_is_null_as_in_vllm() -> None:
     delta = ChoiceDelta(0, "a", "length")
-    [told] = json.loads(completion_body({}, [WrittenChoice.joined(0, [delta])], WrittenUsage(1, 1, 0)))["choices"]
+    [told] = json.loads(completion_body({}, [WrittenChoice.joined(0, [delta])], TokenUsage(1, 1, 0)))["choices"]
     plain = {"index": 0, "text": "a", "logprobs": None, "finish_reason": "length"}
     assert told == {**plain, **NOT_ASKED_FOR, "prompt_logprobs": None}
     chunk = ChunkTemplate(head("m"), usage_follows=False).chunk(ChoiceDelta(0, "a", None))

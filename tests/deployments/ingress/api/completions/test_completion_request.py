@@ -27,6 +27,10 @@ def parse(**fields: Any) -> CompletionRequest:
     return parse_completion_request(json.dumps({"model": "m", "prompt": "p", **fields}).encode())
 
 
+def of_candidate(request: CompletionRequest, number: int, grammar: str | None = None) -> Sampling:
+    return request.inference(request.prompt).of_candidate(number, grammar)
+
+
 def refused(body: bytes) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         parse_completion_request(body)
@@ -62,7 +66,7 @@ def refusal(name: str, literal: str) -> str:
 def test_defaults_are_those_of_openai() -> None:
     request = parse()
     assert (request.prompt, request.choices, request.candidates, request.tokens_per_choice) == (["p"], 1, 1, 16)
-    assert request.sampling(0) == Sampling(max_tokens=16)
+    assert request.sampling() == Sampling(max_tokens=16)
     assert (request.stop, request.stream, request.echo, request.prompt_positions) == ((), False, False, None)
     assert request.prompt_options == PromptOptions()
 
@@ -96,7 +100,7 @@ OPTIONAL = [name for name, field in CompletionRequest.model_fields.items() if no
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_null_is_the_default(name: str) -> None:
     default, request = parse(), parse(**{name: None})
-    assert request.sampling(0) == default.sampling(0)
+    assert request.sampling() == default.sampling()
     assert (request.choices, request.candidates, request.stop) == (1, 1, ())
     assert request.prompt_options == default.prompt_options
     assert bool(request.stream) == bool(default.stream)
@@ -136,21 +140,21 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         "repetition_detection": RepetitionDetection(4, 0, 2),
     }
     expected["extra_args"] = expected.pop("vllm_xargs")
-    assert parse(**fields).sampling(0) == Sampling(**expected)
+    assert parse(**fields).sampling() == Sampling(**expected)
 
 
 def test_a_stream_interval_is_for_streams() -> None:
-    assert parse(stream_interval=4, stream=True).sampling(0).stream_interval == 4
-    assert parse(stream_interval=4).sampling(0).stream_interval is None
+    assert parse(stream_interval=4, stream=True).sampling().stream_interval == 4
+    assert parse(stream_interval=4).sampling().stream_interval is None
 
 
 def test_a_top_p_of_zero_leaves_the_likeliest_token() -> None:
-    assert parse(top_p=0).sampling(0).top_p == 1e-9  # vLLM refuses 0
+    assert parse(top_p=0).sampling().top_p == 1e-9  # vLLM refuses 0
 
 
 def test_no_tokens_are_one_for_the_engine() -> None:
     request = parse(max_tokens=0)
-    assert (request.tokens_per_choice, request.sampling(0).max_tokens) == (0, 1)
+    assert (request.tokens_per_choice, request.sampling().max_tokens) == (0, 1)
 
 
 def test_what_the_engine_tells_of_the_prompt() -> None:
@@ -161,15 +165,15 @@ def test_what_the_engine_tells_of_the_prompt() -> None:
 
 
 def test_tokens_named_for_logprobs_replace_the_likeliest() -> None:
-    sampling = parse(logprobs=2, logprob_token_ids=[7, 8]).sampling(0)
+    sampling = parse(logprobs=2, logprob_token_ids=[7, 8]).sampling()
     assert (sampling.logprobs, sampling.logprob_token_ids) == (None, (7, 8))
 
 
 def test_candidates_are_ranked_by_their_log_probabilities() -> None:
     request = parse(n=2, best_of=3)
-    assert (request.choices, request.candidates, request.sampling(0).logprobs) == (2, 3, 0)
-    assert parse(n=2, best_of=2).sampling(0).logprobs is None
-    assert parse(n=2, best_of=3, logprobs=4).sampling(0).logprobs == 4
+    assert (request.choices, request.candidates, request.sampling().logprobs) == (2, 3, 0)
+    assert parse(n=2, best_of=2).sampling().logprobs is None
+    assert parse(n=2, best_of=3, logprobs=4).sampling().logprobs == 4
 
 
 def test_prompt_options_are_those_of_vllm() -> None:
@@ -252,7 +256,7 @@ def test_the_form_of_the_output(fields: dict[str, Any], given: tuple[str, Constr
 
 
 def test_the_engine_gets_the_constraint_as_it_was_checked() -> None:
-    sampling = parse(guided_regex="a").sampling(0, "start: /a/")
+    sampling = of_candidate(parse(guided_regex="a"), 0, "start: /a/")
     assert sampling.grammar == "start: /a/"
     pack(Submission(1, [1], sampling, account("req"), "Meter"))
 
@@ -323,23 +327,23 @@ def test_a_whitespace_pattern_belongs_to_json() -> None:
     ],
 )
 def test_what_has_no_effect_in_vllm_either_is_accepted(fields: dict[str, Any]) -> None:
-    assert parse(**fields).sampling(0) == parse().sampling(0)
+    assert parse(**fields).sampling() == parse().sampling()
 
 
 def test_top_k_of_minus_one_considers_all_tokens() -> None:
-    assert parse(top_k=-1).sampling(0).top_k == 0
+    assert parse(top_k=-1).sampling().top_k == 0
 
 
 def test_each_choice_has_a_seed_of_its_own() -> None:
     request = parse(n=3, seed=41)
-    assert [request.sampling(choice).seed for choice in range(3)] == [41, 42, 43]
-    assert [parse(n=2).sampling(choice).seed for choice in range(2)] == [None, None]
+    assert [of_candidate(request, choice).seed for choice in range(3)] == [41, 42, 43]
+    assert [of_candidate(parse(n=2), choice).seed for choice in range(2)] == [None, None]
 
 
 def test_a_seed_of_minus_one_is_none() -> None:
     """As vLLM takes it; a seed that counts up to it is one all the same."""
-    assert [parse(n=3, seed=-1).sampling(choice).seed for choice in range(3)] == [None, None, None]
-    assert [parse(n=3, seed=-2).sampling(choice).seed for choice in range(3)] == [-2, 2**63 - 1, 0]
+    assert [of_candidate(parse(n=3, seed=-1), choice).seed for choice in range(3)] == [None, None, None]
+    assert [of_candidate(parse(n=3, seed=-2), choice).seed for choice in range(3)] == [-2, 2**63 - 1, 0]
 
 
 @pytest.mark.parametrize("word", [" ", "\n\t", "\u3000"])
@@ -351,7 +355,7 @@ def test_a_word_without_a_letter_is_refused_by_its_place(word: str) -> None:
 
 @pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), 0])
 def test_seeds_that_count_up_stay_in_64_bits(seed: int) -> None:
-    seeds = [parse(n=128, seed=seed).sampling(choice).seed for choice in range(128)]
+    seeds = [of_candidate(parse(n=128, seed=seed), choice).seed for choice in range(128)]
     assert seeds[0] == seed
     assert len(set(seeds)) == 128
     assert all(each is not None and -(2**63) <= each < 2**63 for each in seeds)
@@ -393,7 +397,7 @@ def test_the_ends_of_each_range_belong_to_it(name: str, values: list[Any]) -> No
         request = parse(**{name: value})
         assert getattr(request, name) == value
         pack(
-            Submission(1, [1], request.sampling(127), account("req"), "Meter")
+            Submission(1, [1], of_candidate(request, 127), account("req"), "Meter")
         )  # whatever is accepted fits into a message
 
 
@@ -826,7 +830,7 @@ def test_any_json_is_either_accepted_or_refused_in_our_words(fields: dict[str, A
     except InvalidRequest:
         refused(body)
     else:
-        pack(Submission(1, [1], request.sampling(0), account("req"), "Meter"))
+        pack(Submission(1, [1], request.sampling(), account("req"), "Meter"))
 
 
 @given(st.binary(max_size=60))
@@ -889,7 +893,7 @@ OPENAI_CHAT: dict[str, Any] = {"store": False, "metadata": {"trace": "1"}, "serv
 
 @pytest.mark.parametrize("sent", [SILLYTAVERN, LLAMA_CPP, OPENAI_CHAT], ids=["SillyTavern", "llama.cpp", "OpenAI"])
 def test_what_other_servers_clients_send_by_default_is_taken(sent: dict[str, Any]) -> None:
-    assert parse(**sent).sampling(0) == parse().sampling(0)
+    assert parse(**sent).sampling() == parse().sampling()
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_all_take_what_they_do_not_narrow(dialect: Dialect) -> None:
         "seed": 1,
     }
     request = parse(dialect, **fields)
-    assert request.sampling(0) == parse(D3, **fields, temperature=request.default_temperature).sampling(0)
+    assert request.sampling() == parse(D3, **fields, temperature=request.default_temperature).sampling()
     assert request.stop == ("a",)
 
 
@@ -182,7 +182,7 @@ def test_stop_of_d1_and_d2_is_an_array() -> None:
 
 def test_max_completion_tokens_is_of_d1_and_wins() -> None:
     assert parse(D1, max_completion_tokens=5).tokens_per_choice == 5
-    assert parse(D1, max_completion_tokens=5, max_tokens=9).sampling(0).max_tokens == 5
+    assert parse(D1, max_completion_tokens=5, max_tokens=9).sampling().max_tokens == 5
     assert parse(D1, max_completion_tokens=None, max_tokens=9).tokens_per_choice == 9
     assert parse(D1).tokens_per_choice == 16
     assert refused(D1, max_completion_tokens=-1).param == "max_completion_tokens"
@@ -194,9 +194,9 @@ def test_max_completion_tokens_is_of_d1_and_wins() -> None:
 @pytest.mark.parametrize(("dialect", "temperature"), [(D0, 1), (D1, 1), (D2, 0), (D3, 1)])
 def test_default_temperatures(dialect: Dialect, temperature: float) -> None:
     assert dialect.body.model_fields["temperature"].default == temperature
-    assert parse(dialect).sampling(0).temperature == temperature
-    assert parse(dialect, temperature=None).sampling(0).temperature == temperature
-    assert parse(dialect, temperature=0.5).sampling(0).temperature == 0.5
+    assert parse(dialect).sampling().temperature == temperature
+    assert parse(dialect, temperature=None).sampling().temperature == temperature
+    assert parse(dialect, temperature=0.5).sampling().temperature == 0.5
 
 
 def test_d2_generates_at_least_one_token() -> None:
