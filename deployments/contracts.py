@@ -718,6 +718,8 @@ class IngressCounters(msgspec.Struct, array_like=True):
     """How long ago the oldest of them was made; 0 without any."""
     loop_lag_s: float = 0.0
     """How much later than asked for its event loop wakes, averaged over some seconds."""
+    responses: list[tuple[str, int, int]] = []
+    """How many it has begun, by the path of the route and the status."""
 
 
 # --- administration: commands and their answer -----------------------------------------------------------------------

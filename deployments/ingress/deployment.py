@@ -16,7 +16,7 @@ from deployments.engine.replica_directory import watch_replicas
 from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.inference.write_rounds import WriteRounds
 from deployments.ingress.meter_client import MeterClient
-from deployments.ingress.metrics import ingress_counters
+from deployments.ingress.metrics import ResponseCounts, ingress_counters
 from deployments.ingress.routing.catalog import Catalog, CatalogEntry
 from deployments.ingress.routing.engine_pool import EnginePool
 from deployments.ingress.routing.serve_pools import ServePeers, ServePools
@@ -65,6 +65,7 @@ class _Ingress:
             write_timeout_s=write_timeout_s,
             cors_origins=tuple(cors_origins),
         )
+        self._responses = ResponseCounts()
         self._running = False
 
     @staticmethod
@@ -72,11 +73,11 @@ class _Ingress:
         return RemoteMeter(meter)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's hook for apps made per replica
-        return build_app(self._catalog, self._meter, self._settings, self._others)
+        return build_app(self._catalog, self._meter, self._settings, self._others, responses=self._responses)
 
     async def counters(self) -> bytes:
         """Packed `IngressCounters`, for the replica that is asked for the metrics of all."""
-        return pack(ingress_counters(self._catalog, self._meter))
+        return pack(ingress_counters(self._catalog, self._meter, self._responses))
 
     async def _others(self) -> list[IngressCounters]:
         return [each for each in await self._peers.counters() if each.ingress_id != self._ingress_id]

@@ -8,6 +8,7 @@ notices each new beginning; docs/monitoring.md says what each means.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from deployments.contracts import DurationHistogram, DurationSum, IngressCounter
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.routing.catalog import Catalog
 
-__all__ = ["METRICS_TYPE", "PoolState", "ingress_counters", "metrics_text"]
+__all__ = ["METRICS_TYPE", "PoolState", "ResponseCounts", "ingress_counters", "metrics_text"]
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _CALLER = ("model", "key", "team")
@@ -39,7 +40,11 @@ class PoolState(NamedTuple):
     """As EnginePool.cards."""
 
 
-def ingress_counters(catalog: Catalog, meter: MeterClient) -> IngressCounters:
+ResponseCounts = Counter[tuple[str, int]]
+"""Responses that were begun, by the path of the route and the status."""
+
+
+def ingress_counters(catalog: Catalog, meter: MeterClient, responses: ResponseCounts) -> IngressCounters:
     """Of this ingress replica."""
     return IngressCounters(
         meter.ingress_id,
@@ -47,6 +52,7 @@ def ingress_counters(catalog: Catalog, meter: MeterClient) -> IngressCounters:
         unsettled=meter.unsettled,
         oldest_unsettled_s=meter.oldest_unsettled_s,
         loop_lag_s=catalog.loop_lag_s,
+        responses=[(path, status, count) for (path, status), count in responses.items()],
     )
 
 
@@ -135,6 +141,16 @@ class _Metrics(Collector):
             yield _summary(summary, documentation, {name: getattr(each, field) for name, each in meters.items()})
 
     def _of_the_ingresses(self) -> Iterator[Metric]:
+        yield _counter(
+            "http_responses",
+            "Responses that were begun, by the path of the endpoint; empty where there is none",
+            ("path", "status", "ingress"),
+            (
+                ((path, str(status), each.ingress_id), count)
+                for each in self._ingresses
+                for path, status, count in each.responses
+            ),
+        )
         told = [(pool, (pool.model, each.ingress_id)) for each in self._ingresses for pool in each.pools]
         labels = ("model", "ingress")
         yield _histogram(

@@ -25,7 +25,7 @@ from starlette.types import Message
 from tokenizers import Tokenizer
 
 from deployments.contracts import Admitted, KeyInfo, PositionLogprobs, TokenDelta
-from deployments.ingress.api.completions.completion import Completion
+from deployments.ingress.api.completions.completion import CompletionInference
 from deployments.ingress.api.completions.dialects import D1, D3, Dialect
 from deployments.ingress.api.completions.response import CompletionResponse
 from deployments.ingress.constraints.checker import ConstraintChecker
@@ -122,9 +122,11 @@ def _served(folder: Path, pool: _Pool) -> ServedModel:
 
 
 async def _serve(body: bytes, dialect: Dialect, model: ServedModel, meter: _Meter) -> None:
-    """What app.py's route does."""
+    """What the route of completions does."""
     request = dialect.parse(body, None)
-    completion = Completion(request, model, KeyInfo("id", "name", False), cast(MeterClient, meter), ConstraintChecker())
+    completion = CompletionInference(
+        request, model, KeyInfo("id", "name", False), cast(MeterClient, meter), ConstraintChecker()
+    )
     await completion.admit()
     response = CompletionResponse(
         completion, keep_alive_s=15.0, answer_error=dialect.answer, extras=dialect.extras("http://localhost")

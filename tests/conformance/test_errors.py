@@ -21,7 +21,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from deployments.ingress.api.completions.chunks import ChoiceDelta
-from deployments.ingress.api.completions.completion import Completion
+from deployments.ingress.api.completions.completion import CompletionInference
 from deployments.meter.remote.meter_transport import MeterUnreachable
 from tests.conformance.faces import D0, D2, EACH_FACE, Face, assert_error, assert_invalid
 from tests.conformance.in_process import app_with_deadline, replayed, speaking
@@ -273,10 +273,10 @@ def assert_server_error(response: httpx.Response, status: int, code: str | None)
 
 @EACH_FACE
 def test_500_tells_nothing_of_the_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, face: Face) -> None:
-    async def broken(_completion: Completion) -> list[ChoiceDelta]:
+    async def broken(_completion: CompletionInference) -> list[ChoiceDelta]:
         raise RuntimeError("/srv/secret/weights.bin of sk-secret-key")
 
-    monkeypatch.setattr(Completion, "deltas", broken)
+    monkeypatch.setattr(CompletionInference, "deltas", broken)
 
     async def scenario(_gate: Gateway, client: httpx.AsyncClient) -> httpx.Response:
         return await client.post(face.path, json={"model": "m", "prompt": "hello"})

@@ -10,8 +10,8 @@ import httpx2
 import openai
 import pytest
 
+from deployments.ingress.api.description.operations import error_classes
 from deployments.ingress.errors import ApiError, GivenUp, InternalError, NotResumable, RateLimitExceeded
-from deployments.ingress.openapi.answers import error_classes
 from tests.conformance.leaks import assert_no_leak, leaks_in
 
 LEAKS = [

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from deployments.ingress.api.completions.chunks import ChoiceDelta
-from deployments.ingress.api.completions.completion import Completion
+from deployments.ingress.api.completions.completion import CompletionInference
 from tests.conformance.faces import EACH_FACE, Face, assert_error, assert_invalid
 from tests.conformance.in_process import app_with_deadline, replayed
 from tests.conformance.leaks import assert_no_leak
@@ -365,16 +365,16 @@ async def test_a_deadline_midway_is_an_event_without_done(tmp_path: Path) -> Non
 
 def test_a_bug_midway_is_an_event_without_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    deltas = Completion.deltas
+    deltas = CompletionInference.deltas
 
-    async def fragile(self: Completion) -> list[ChoiceDelta]:
+    async def fragile(self: CompletionInference) -> list[ChoiceDelta]:
         nonlocal calls
         calls += 1
         if calls > 3:
             raise RuntimeError("/srv/secret/weights.bin")
         return await deltas(self)
 
-    monkeypatch.setattr(Completion, "deltas", fragile)
+    monkeypatch.setattr(CompletionInference, "deltas", fragile)
 
     async def scenario() -> None:
         async with gateway(tmp_path) as gate:

@@ -5,19 +5,33 @@ Special tokens are handled as vLLM 0.32 does: `/tokenize` adds those that prompt
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
+from fastapi import APIRouter
 from pydantic import Field
+from starlette.responses import Response
 
+from deployments.ingress.api.description.answers import Answer, Count
+from deployments.ingress.api.description.endpoint import Endpoint
+from deployments.ingress.api.description.operations import (
+    ANY_WITH_KEY,
+    READING_A_BODY,
+    answered,
+    json_content,
+    operation,
+    posted,
+)
+from deployments.ingress.api.description.tables import parameter_table
 from deployments.ingress.api.parameter_types import MAX_MODEL_NAME, NotServed, TokenIds
+from deployments.ingress.api.services import Caller, RequestBody, ServicesOf
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.http.json_body import Body, parsed_body
 from deployments.ingress.routing.catalog import Catalog, ServedModel
 
-__all__ = ["DetokenizeRequest", "Tokenization", "TokenizeRequest"]
+__all__ = ["TOKENS", "DetokenizeRequest", "TokenizeRequest"]
 
 _INLINE_SIZE = 2048
 """Characters or token ids handled on the event loop: well under a millisecond. More goes to a thread."""
@@ -64,40 +78,77 @@ class DetokenizeRequest(Body):
     """Token ids."""
 
 
-class Tokenization:
-    """All methods answer a JSON body, and raise InvalidRequest and ModelNotFound."""
+class TokenizeResponse(Answer):
+    count: Count
+    max_model_len: int
+    """Tokens of a prompt and its completion together, at most."""
+    tokens: list[int]
+    token_strs: list[str] | None
+    """With `return_token_strs`: the tokens as they stand in the vocabulary."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        self._threads = CapacityLimiter(_THREADS)
 
-    async def tokenize(self, body: bytes) -> bytes:
-        request = await parsed_body(body, TokenizeRequest)
-        if (size := len(request.prompt.encode())) > _MAX_TEXT_BYTES:
-            raise InvalidRequest(
-                f"The text has {size} bytes; expected at most {_MAX_TEXT_BYTES}. Tokenize it in parts.", param="prompt"
-            )
-        model = self._model(request.model)
-        if len(request.prompt) <= _INLINE_SIZE:
-            return _tokenized(model, request)
-        return await run_sync(_tokenized, model, request, limiter=self._threads)
+class DetokenizeResponse(Answer):
+    prompt: str
 
-    async def detokenize(self, body: bytes) -> bytes:
-        request = await parsed_body(body, DetokenizeRequest)
-        model = self._model(request.model)
-        if len(request.tokens) <= _INLINE_SIZE:
-            return _detokenized(model, request)
-        return await run_sync(_detokenized, model, request, limiter=self._threads)
 
-    def _model(self, name: str | None) -> ServedModel:
-        if name is not None:
-            return self._catalog.find(name)
-        models = self._catalog.models()
-        if len(models) != 1:
-            raise InvalidRequest(
-                "Missing required parameter: 'model'. GET /v1/models lists the models.", param="model", kind="missing"
-            )
-        return models[0]
+_router = APIRouter()
+_threads = CapacityLimiter(_THREADS)
+_STATUSES: Final = (400, 404, *ANY_WITH_KEY, *READING_A_BODY)
+
+
+@_router.post(
+    "/tokenize",
+    openapi_extra=operation(
+        "Turn a text into token ids",
+        "tokenize",
+        answered("The tokens.", json_content("TokenizeResponse")),
+        *_STATUSES,
+        requestBody=posted("TokenizeRequest", {"model": "smollm2-135m", "prompt": "Once upon a time"}),
+    ),
+)
+async def tokenize(services: ServicesOf, _key: Caller, body: RequestBody) -> Response:
+    request = await parsed_body(body, TokenizeRequest)
+    if (size := len(request.prompt.encode())) > _MAX_TEXT_BYTES:
+        raise InvalidRequest(
+            f"The text has {size} bytes; expected at most {_MAX_TEXT_BYTES}. Tokenize it in parts.", param="prompt"
+        )
+    model = _model(services.catalog, request.model)
+    if len(request.prompt) <= _INLINE_SIZE:
+        return _json(_tokenized(model, request))
+    return _json(await run_sync(_tokenized, model, request, limiter=_threads))
+
+
+@_router.post(
+    "/detokenize",
+    openapi_extra=operation(
+        "Turn token ids into a text",
+        "detokenize",
+        answered("The text.", json_content("DetokenizeResponse")),
+        *_STATUSES,
+        requestBody=posted("DetokenizeRequest", {"model": "smollm2-135m", "tokens": [504, 2365]}),
+    ),
+)
+async def detokenize(services: ServicesOf, _key: Caller, body: RequestBody) -> Response:
+    request = await parsed_body(body, DetokenizeRequest)
+    model = _model(services.catalog, request.model)
+    if len(request.tokens) <= _INLINE_SIZE:
+        return _json(_detokenized(model, request))
+    return _json(await run_sync(_detokenized, model, request, limiter=_threads))
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
+def _model(catalog: Catalog, name: str | None) -> ServedModel:
+    if name is not None:
+        return catalog.find(name)
+    models = catalog.models()
+    if len(models) != 1:
+        raise InvalidRequest(
+            "Missing required parameter: 'model'. GET /v1/models lists the models.", param="model", kind="missing"
+        )
+    return models[0]
 
 
 def _tokenized(model: ServedModel, request: TokenizeRequest) -> bytes:
@@ -126,3 +177,24 @@ def _detokenized(model: ServedModel, request: DetokenizeRequest) -> bytes:
     # Unlike `decode` it does not hold the GIL.
     [text] = model.tokenizer.decode_batch([tokens], skip_special_tokens=False)
     return msgspec.json.encode({"prompt": text})
+
+
+def _reference() -> str:
+    return "\n".join(
+        [
+            "## Tokens\n",
+            "In the shapes of vLLM. `POST /tokenize`:\n",
+            parameter_table(TokenizeRequest, source=False),
+            "`POST /detokenize`:\n",
+            parameter_table(DetokenizeRequest, source=False),
+        ]
+    )
+
+
+TOKENS: Final = Endpoint(
+    "tokens",
+    "Texts as models see them, in the shapes of vLLM.",
+    _router,
+    (TokenizeRequest, DetokenizeRequest, TokenizeResponse, DetokenizeResponse),
+    _reference,
+)

@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
-from starlette.requests import Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
-from starlette.routing import Route
 
-from deployments.contracts import KeyInfo, UsageDimension, UsageQuery, UsageRow
-from deployments.ingress.api.keys import require_admin
+from deployments.contracts import UsageDimension, UsageQuery, UsageRow
+from deployments.ingress.api.description.answers import Answer, Count
+from deployments.ingress.api.description.endpoint import Endpoint
+from deployments.ingress.api.description.json_schemas import Json
+from deployments.ingress.api.description.operations import (
+    ADMIN_SECURITY,
+    ANY_WITH_KEY,
+    answered,
+    json_content,
+    operation,
+    parameter,
+)
+from deployments.ingress.api.description.tables import query_table
+from deployments.ingress.api.services import Admin, Caller, ServicesOf
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.http.query_parameters import QueryParameters
 from deployments.resources import BUCKETS_S, parse_grouping, usage_card
 from deployments.time_parsing import END_OF_TIME_AT
 
-__all__ = ["GROUPS", "OWN_GROUPS", "WIDTHS", "usage_routes"]
-
-Usage = Callable[[UsageQuery], Awaitable[list[UsageRow]]]
+__all__ = ["USAGE"]
 
 OWN_GROUPS: Final = ("model", "day", "hour", "dialect", "status")
 GROUPS: Final[dict[str, UsageDimension]] = {"project_id": "team", "api_key_id": "key", "model": "model"}
@@ -47,47 +55,165 @@ _NOT_SERVED: Final = {
 }
 
 
-def usage_routes(usage: Usage, caller: Callable[[Request], Awaitable[KeyInfo]]) -> list[Route]:
-    """`usage` and `caller` raise ApiError, as the routes do."""
+class UsageOfGroup(Answer):
+    object: Literal["usage"]
+    begins_at: int = 0
+    """Of the day or hour, with `by=day` or `by=hour`: Unix time in seconds."""
+    model: str = ""
+    """With `by=model`."""
+    dialect: str = ""
+    """With `by=dialect`."""
+    status: str = ""
+    """With `by=status`: how the requests ended."""
+    requests: Count
+    prompt_tokens: Count
+    cached_tokens: Count
+    """Those of the prompt tokens that were found in the prefix cache."""
+    completion_tokens: Count
+    total_tokens: Count
+    cost: float
+    """In the currency of the models' prices."""
 
-    async def own(request: Request) -> Response:
-        key = await caller(request)
-        query = QueryParameters(request.query_params, ("since", "until", "by"))
-        try:
-            grouping = parse_grouping(query.texts("by") or (), OWN_GROUPS)
-        except ValueError as error:
-            raise InvalidRequest(f"Invalid value for 'by': {error}.", param="by") from None
-        since, until = query.moment("since"), query.moment("until")
-        if until is None:
-            until = time.time()
-        if since is None:
-            since = max(0.0, until - _DEFAULT_RANGE_S)
-        if since >= until:
-            raise InvalidRequest("Invalid value for 'since': expected a time before 'until'.", param="since")
-        if grouping.width_s is not None and (until - since) / grouping.width_s > _MAX_BUCKETS:
-            raise InvalidRequest(
-                f"Invalid value for 'since': expected at most {_MAX_BUCKETS} {_name(grouping.width_s)}s before "
-                "'until'.",
-                param="since",
-            )
-        rows = await usage(UsageQuery(since, until, grouping.width_s, grouping.by, key_ids=(key.key_id,)))
-        return _json(
-            {
-                "object": "list",
-                "key_id": key.key_id,
-                "since": int(since),
-                "until": math.ceil(until),
-                "data": [usage_card(row, grouping) for row in rows],
-            }
+
+class UsageList(Answer):
+    object: Literal["list"]
+    key_id: str
+    since: int
+    """Unix time in seconds."""
+    until: int
+    data: list[UsageOfGroup]
+    """Groups without requests are left out."""
+
+
+class UsageResult(Answer):
+    object: Literal["organization.usage.completions.result"]
+    input_tokens: Count
+    """Prompt tokens, cached ones included."""
+    output_tokens: Count
+    input_cached_tokens: Count
+    input_audio_tokens: Literal[0]
+    output_audio_tokens: Literal[0]
+    num_model_requests: Count
+    project_id: str | None
+    """The team, with `group_by=project_id`; null for keys without one."""
+    user_id: None
+    api_key_id: str | None
+    """With `group_by=api_key_id`."""
+    model: str | None
+    """With `group_by=model`."""
+    batch: None
+
+
+class UsageBucket(Answer):
+    object: Literal["bucket"]
+    start_time: int
+    """Unix time in seconds."""
+    end_time: int
+    results: list[UsageResult]
+    """One per group; none of a bucket without requests."""
+
+
+class UsagePage(Answer):
+    """OpenAI's shape."""
+
+    object: Literal["page"]
+    data: list[UsageBucket]
+    has_more: bool
+    next_page: str | None
+    """The `page` of the next request."""
+
+
+_MOMENT: Final = "A date such as `2027-01-31`, in UTC, a time in ISO 8601, a Unix time, or a duration back such as `7d`"
+_INSTANT: Final[Json] = {"type": "integer", "minimum": 0, "exclusiveMaximum": END_OF_TIME_AT}
+_PAGE_LIMITS: Final = "; ".join(
+    f"with {name} {width.default_limit} by default, {width.max_limit} at most" for name, width in WIDTHS.items()
+)
+
+_router = APIRouter()
+
+
+def _texts(name: str, description: str, values: Json | None = None) -> Json:
+    return parameter(name, description, {"type": "array", "items": values or {"type": "string"}, "maxItems": 100})
+
+
+@_router.get(
+    "/v1/usage",
+    openapi_extra=operation(
+        "Tell what the key has used",
+        "usage",
+        answered("The usage of the key that asks.", json_content("UsageList")),
+        *ANY_WITH_KEY,
+        400,
+        description="Counts requests by when they arrived, in whole hours.",
+        parameters=[
+            parameter("since", f"{_MOMENT}; 30 days before `until` by default.", {"type": "string"}),
+            parameter("until", f"{_MOMENT}; now by default.", {"type": "string"}),
+            _texts("by", "What to sum it by, repeated or with commas.", {"enum": list(OWN_GROUPS)}),
+        ],
+    ),
+)
+async def own_usage(request: Request, services: ServicesOf, key: Caller) -> Response:
+    query = QueryParameters(request.query_params, ("since", "until", "by"))
+    try:
+        grouping = parse_grouping(query.texts("by") or (), OWN_GROUPS)
+    except ValueError as error:
+        raise InvalidRequest(f"Invalid value for 'by': {error}.", param="by") from None
+    since, until = query.moment("since"), query.moment("until")
+    if until is None:
+        until = time.time()
+    if since is None:
+        since = max(0.0, until - _DEFAULT_RANGE_S)
+    if since >= until:
+        raise InvalidRequest("Invalid value for 'since': expected a time before 'until'.", param="since")
+    if grouping.width_s is not None and (until - since) / grouping.width_s > _MAX_BUCKETS:
+        raise InvalidRequest(
+            f"Invalid value for 'since': expected at most {_MAX_BUCKETS} {_name(grouping.width_s)}s before 'until'.",
+            param="since",
         )
+    rows = await services.meter.usage(UsageQuery(since, until, grouping.width_s, grouping.by, key_ids=(key.key_id,)))
+    return _json(
+        {
+            "object": "list",
+            "key_id": key.key_id,
+            "since": int(since),
+            "until": math.ceil(until),
+            "data": [usage_card(row, grouping) for row in rows],
+        }
+    )
 
-    async def organization(request: Request) -> Response:
-        await require_admin(caller, request)
-        page = _Page.of(request)
-        rows = [] if page.begins_at >= page.ends_at else await usage(page.query())
-        return _json(page.answer(rows))
 
-    return [Route("/v1/usage", own), Route("/v1/organization/usage/completions", organization)]
+@_router.get(
+    "/v1/organization/usage/completions",
+    openapi_extra=operation(
+        "Tell what all keys have used",
+        "organizationUsage",
+        answered("A page of buckets, the oldest first.", json_content("UsagePage")),
+        *ANY_WITH_KEY,
+        *(400, 403),
+        description="OpenAI's Usage API; projects are teams.",
+        parameters=[
+            parameter(
+                "start_time",
+                "Unix time in seconds; the first bucket is the one that it is in.",
+                _INSTANT,
+                required=True,
+            ),
+            parameter("end_time", "Unix time in seconds, exclusive; now by default.", _INSTANT),
+            parameter("bucket_width", "Of each bucket.", {"enum": list(WIDTHS), "default": "1d"}),
+            _texts("group_by", "What to sum each bucket by, repeated or with commas.", {"enum": list(GROUPS)}),
+            _texts("api_key_ids", "Only of these keys, by id."),
+            _texts("project_ids", "Only of these teams."),
+            _texts("models", "Only of these models."),
+            parameter("limit", f"Buckets on a page: {_PAGE_LIMITS}.", {"type": "integer", "minimum": 1}),
+            parameter("page", "The `next_page` of the page before.", {"type": "string"}),
+        ],
+        security=ADMIN_SECURITY,
+    ),
+)
+async def organization_usage(request: Request, services: ServicesOf, _key: Admin) -> Response:
+    page = _Page.of(request)
+    rows = [] if page.begins_at >= page.ends_at else await services.meter.usage(page.query())
+    return _json(page.answer(rows))
 
 
 class _Page(NamedTuple):
@@ -206,3 +332,29 @@ def _name(width_s: int) -> str:
 
 def _json(content: dict[str, Any]) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+_OWN_REFERENCE: Final = """\
+## Usage
+
+`GET /v1/usage` tells what the key that asks has used:
+"""
+_ORGANIZATION_REFERENCE: Final = """\
+`GET /v1/organization/usage/completions` is OpenAI's Usage API, for dashboards made for it; projects are teams. Answers
+are pages of buckets, which begin at whole minutes, hours or days in UTC:
+"""
+
+
+def _reference() -> str:
+    queries = {path: operation["parameters"] for path, _, operation in USAGE.operations()}
+    return "\n".join(
+        [
+            _OWN_REFERENCE,
+            query_table(queries["/v1/usage"]),
+            _ORGANIZATION_REFERENCE,
+            query_table(queries["/v1/organization/usage/completions"]),
+        ]
+    )
+
+
+USAGE: Final = Endpoint("usage", "What was used, as the ledger has it.", _router, (UsageList, UsagePage), _reference)

@@ -6,12 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import httpx
 import sqlalchemy as sa
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from deployments.contracts import (
     AdministrationAnswer,
@@ -23,9 +22,11 @@ from deployments.contracts import (
     unpack,
     unpack_command,
 )
-from deployments.ingress.api.keys import administration_routes
-from deployments.ingress.api.usage import usage_routes
-from deployments.ingress.errors import ApiError
+from deployments.ingress.api.keys.endpoint import KEYS
+from deployments.ingress.api.usage import USAGE
+from deployments.ingress.app import IngressSettings, build_app
+from deployments.ingress.meter_client import MeterClient
+from deployments.ingress.routing.catalog import Catalog
 from deployments.meter.keys.administration import administer
 from deployments.meter.keys.key_store import KeyStore
 from deployments.meter.ledger.database import open_database
@@ -43,9 +44,27 @@ USER = {"authorization": "Bearer user"}
 class Administration:
     store: KeyStore
     engine: sa.Engine
-    app: Starlette
+    app: ASGIApp
     client: httpx.AsyncClient
     """With the admin key."""
+
+
+class _Meter:
+    """What these routes ask of a meter."""
+
+    def __init__(self, store: KeyStore, engine: sa.Engine) -> None:
+        self._store = store
+        self._engine = engine
+
+    async def authenticate(self, key: str) -> KeyInfo:
+        return KeyInfo(f"key-{key}", key, admin=key == "admin")
+
+    async def administer(self, command: AdministrationCommand) -> AdministrationAnswer:
+        return unpack(pack(administer(self._store, unpack_command(pack(command)))), AdministrationAnswer)
+
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        with self._engine.connect() as connection:
+            return read_usage(connection, unpack(pack(query), UsageQuery))
 
 
 @asynccontextmanager
@@ -53,29 +72,9 @@ async def administration(folder: Path) -> AsyncIterator[Administration]:
     engine = open_database(new_database(folder / "ledger.db"))
     store = KeyStore(engine)
 
-    async def over_the_wire(command: AdministrationCommand) -> AdministrationAnswer:
-        return unpack(pack(administer(store, unpack_command(pack(command)))), AdministrationAnswer)
-
-    async def usage(query: UsageQuery) -> list[UsageRow]:
-        with engine.connect() as connection:
-            return read_usage(connection, unpack(pack(query), UsageQuery))
-
-    async def caller(request: Request) -> KeyInfo:
-        name = request.headers["authorization"].removeprefix("Bearer ")
-        return KeyInfo(f"key-{name}", name, admin=name == "admin")
-
-    async def read_body(request: Request) -> bytes:
-        return await request.body()
-
-    async def on_error(_request: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError)
-        status, body, headers = error.answer()
-        return Response(body, status, headers, media_type="application/json")
-
-    app = Starlette(
-        routes=[*administration_routes(over_the_wire, caller, read_body), *usage_routes(usage, caller)],
-        exception_handlers={ApiError: on_error},
-    )
+    meter = cast(MeterClient, _Meter(store, engine))
+    settings = IngressSettings(request_body_limit_bytes=2**20, keep_alive_s=15.0)
+    app = build_app(cast(Catalog, None), meter, settings, endpoints=(USAGE, KEYS))
     try:
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app),

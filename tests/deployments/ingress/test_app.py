@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from deployments.contracts import KeyInfo, Sampling
 from deployments.ingress.api.completions.chunks import ChoiceDelta
-from deployments.ingress.api.completions.completion import Completion
+from deployments.ingress.api.completions.completion import CompletionInference
 from deployments.ingress.openapi.document import openapi_document
 from deployments.meter.remote.meter_transport import MeterUnreachable
 from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, text_of
@@ -655,16 +655,16 @@ def test_an_unexpected_error_tells_nothing_of_the_inside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool, after: int
 ) -> None:
     calls = 0
-    deltas = Completion.deltas
+    deltas = CompletionInference.deltas
 
-    async def fragile(self: Completion) -> list[ChoiceDelta]:
+    async def fragile(self: CompletionInference) -> list[ChoiceDelta]:
         nonlocal calls
         calls += 1
         if calls > after:
             raise RuntimeError(SECRET)
         return await deltas(self)
 
-    monkeypatch.setattr(Completion, "deltas", fragile)
+    monkeypatch.setattr(CompletionInference, "deltas", fragile)
 
     async def scenario() -> None:
         async with gateway(tmp_path) as gate:

@@ -102,7 +102,9 @@ def test_histograms_are_cumulative_and_their_bounds_inclusive() -> None:
     first, between = DurationHistogram.empty((0.5, 1.0)), DurationHistogram.empty((0.1,))
     for seconds in (0.5, 0.75, 1.0, 7.0):
         first.observe(seconds)
-    ingress = IngressCounters("i-1", [PoolCounters("m", first, between, 2, 1, 4, 3, 6)], 5, 0.75, 0.25)
+    ingress = IngressCounters(
+        "i-1", [PoolCounters("m", first, between, 2, 1, 4, 3, 6)], 5, 0.75, 0.25, [("/p", 200, 8)]
+    )
     told = Scrape(metrics_text({}, [unpack(pack(ingress), IngressCounters)], []).decode())
     buckets = [told("millstream_first_token_seconds_bucket", ingress="i-1", le=le) for le in ("0.5", "1.0", "+Inf")]
     assert buckets == [1, 3, 4]
@@ -115,6 +117,7 @@ def test_histograms_are_cumulative_and_their_bounds_inclusive() -> None:
     assert told("millstream_unsettled_requests", ingress="i-1") == 5
     assert told("millstream_oldest_unsettled_seconds") == 0.75
     assert told("millstream_event_loop_lag_seconds") == 0.25
+    assert told("millstream_http_responses_total", path="/p", status="200", ingress="i-1") == 8
 
 
 def test_a_model_without_replicas_has_a_number_of_them_all_the_same() -> None:

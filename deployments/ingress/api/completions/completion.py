@@ -21,7 +21,7 @@ from deployments.ingress.inference.text_stream import TextDelta
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.routing.catalog import ServedModel
 
-__all__ = ["Completion"]
+__all__ = ["CompletionInference"]
 
 _ENTRIES_PER_TURN: Final = 2048
 """How many log probabilities of a prompt are written in one turn of the event loop, at 2 to 4 us each."""
@@ -39,7 +39,7 @@ class _Details:
     """Of the tokens that count, together; known where candidates are ranked."""
 
 
-class Completion(Inference[ChoiceDelta]):
+class CompletionInference(Inference[ChoiceDelta]):
     def __init__(
         self,
         request: CompletionRequest,

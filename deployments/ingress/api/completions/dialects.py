@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Final, Literal, NamedTuple
+from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
 from pydantic import BeforeValidator, Field
 
 from deployments.ingress.api.completions.request import CompletionRequest, parse_completion_request
 from deployments.ingress.api.parameter_types import MAX_MODEL_NAME, Source, StopArray, StopsOfOneOrMore, TextPrompt
-from deployments.ingress.errors import ApiError, ErrorAnswer, InvalidApiKey, InvalidRequest, ModelNotReady
+from deployments.ingress.errors import ApiError, ErrorAnswer, InvalidRequest, ModelNotReady
+from deployments.ingress.http.auth import API_KEY, API_KEY_HEADER, BEARER, Credential
 from deployments.ingress.http.json_body import INT32_MAX
 
 __all__ = [
-    "API_KEY_HEADER",
     "D0",
     "D1",
     "D2",
@@ -30,12 +30,10 @@ __all__ = [
     "CompletionRequestD0",
     "CompletionRequestD1",
     "CompletionRequestD2",
-    "Credential",
     "Dialect",
     "dialect_of",
 ]
 
-API_KEY_HEADER: Final = "x-llm-api-key"
 SCHEMA_PATH: Final = "/openai/schemas/Completion.json"
 
 
@@ -81,22 +79,12 @@ class CompletionRequestD2(CompletionRequest):
     """Tells the log probability of each token, and of so many of the likeliest at its position."""
 
 
-class Credential(NamedTuple):
-    """A header that carries the key: `Bearer KEY`, and the key alone where `bare`."""
-
-    header: str
-    bare: bool = False
-
-
-_BEARER = Credential("authorization")
-
-
 @dataclass(frozen=True)
 class Dialect:
     name: str
     path: str
     body: type[CompletionRequest]
-    credentials: tuple[Credential, ...] = (_BEARER,)
+    credentials: tuple[Credential, ...] = (BEARER,)
     """The first that carries something counts."""
     model_in_query: bool = False
     """`?model=` wins over the body, which may then do without."""
@@ -106,29 +94,6 @@ class Dialect:
     """When no replica of the model is up."""
     links_schema: bool = False
     """Answers have `$schema`, the URL of their JSON Schema."""
-
-    def key(self, headers: Mapping[str, str]) -> str:
-        """The caller's API key; empty if there is none."""
-        for header, bare in self.credentials:
-            value = headers.get(header, "").strip()
-            words = value.split(None, 1)
-            if words and words[0].lower() == "bearer":
-                value = words[1] if len(words) > 1 else ""
-            elif not bare:
-                value = ""
-            if value:
-                return value
-        return ""
-
-    def missing_key(self, headers: Mapping[str, str]) -> InvalidApiKey:
-        """Of `headers` in which `key` found none."""
-        header, bare = self.credentials[0]
-        usage = f"'{header}: {'' if bare else 'Bearer '}KEY'"
-        if value := headers.get(_BEARER.header, "").strip():
-            scheme = value.split(None, 1)[0].lower()
-            wrong = "has no key behind Bearer" if scheme == "bearer" else "does not begin with Bearer"
-            return InvalidApiKey(f"The header '{_BEARER.header}' {wrong}. Send the API key as {usage}.")
-        return InvalidApiKey(f"You didn't provide an API key. Send it in the header {usage}.")
 
     def parse(self, body: bytes, query_model: str | None) -> CompletionRequest:
         """`query_model` is the `model` of the query. Raises InvalidRequest that names the first wrong parameter."""
@@ -161,7 +126,7 @@ D0: Final = Dialect(
     "D0",
     "/v1/completions",
     CompletionRequestD0,
-    credentials=(Credential(API_KEY_HEADER, bare=True), _BEARER),
+    credentials=(API_KEY, BEARER),
     model_in_query=True,
     invalid_body="detail",
 )

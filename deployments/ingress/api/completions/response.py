@@ -24,7 +24,7 @@ from deployments.ingress.api.completions.chunks import (
     completion_body,
     error_event,
 )
-from deployments.ingress.api.completions.completion import Completion
+from deployments.ingress.api.completions.completion import CompletionInference
 from deployments.ingress.errors import (
     ApiError,
     ClientGone,
@@ -47,7 +47,7 @@ class CompletionResponse(Response):
 
     def __init__(
         self,
-        completion: Completion,
+        completion: CompletionInference,
         *,
         keep_alive_s: float,
         deadline_s: float | None = None,
@@ -236,7 +236,7 @@ async def _send_whole(send: Send, status: int, body: bytes, headers: dict[str, s
 
 
 @asynccontextmanager
-async def _watched(completion: Completion, receive: Receive) -> AsyncIterator[None]:
+async def _watched(completion: CompletionInference, receive: Receive) -> AsyncIterator[None]:
     """Tells `completion` when the client closes the connection."""
 
     async def watch() -> None:

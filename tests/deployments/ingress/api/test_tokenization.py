@@ -13,11 +13,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deployments.contracts import KeyInfo
 from deployments.ingress.api import tokens as tokenization
-from deployments.ingress.api.tokens import Tokenization
+from deployments.ingress.api.tokens import TOKENS
+from deployments.ingress.app import IngressSettings, build_app
 from deployments.ingress.routing.catalog import Catalog, CatalogEntry
 from deployments.ingress.routing.engine_pool import EnginePool
 from tests.deployments.accounts import RecordedOutbox
-from tests.deployments.ingress.memory_gateway import Gateway, gateway
+from tests.deployments.ingress.letter_tokenizer import letter_tokenizer
+from tests.deployments.ingress.memory_gateway import AUTHORIZED, Gateway, gateway, meter_client_of
+from tests.deployments.ingress.memory_meter import MemoryMeter
 from tests.deployments.ingress.memory_replicas import LIMITS
 from tests.deployments.ingress.virtual_time import in_virtual_time, run_in_virtual_time, write_rounds
 
@@ -152,7 +155,7 @@ def save_framing_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-async def tokenization_of(folder: Path) -> Tokenization:
+async def client_of(folder: Path) -> httpx.AsyncClient:
     async def existing(_applications: object) -> frozenset[str]:
         return frozenset(["model-m"])
 
@@ -174,7 +177,14 @@ async def tokenization_of(folder: Path) -> Tokenization:
             )
         ]
     )
-    return Tokenization(catalog)
+    meter = MemoryMeter({"m": letter_tokenizer()})
+    app = build_app(catalog, meter_client_of(meter, folder), IngressSettings(2**21, 15.0), endpoints=(TOKENS,))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway", headers=AUTHORIZED)
+
+
+async def tokenized(client: httpx.AsyncClient, text: str, **fields: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = (await client.post("/tokenize", json={"prompt": text, **fields})).json()
+    return answer
 
 
 def _no_replica(replica_id: str) -> Any:
@@ -183,28 +193,27 @@ def _no_replica(replica_id: str) -> Any:
 
 async def test_special_tokens_are_added_unless_not_wanted(tmp_path: Path) -> None:
     save_framing_tokenizer(tmp_path)
-    tokenization = await tokenization_of(tmp_path)
-    assert b'"tokens":[0,2,3,1]' in await tokenization.tokenize(b'{"prompt":"a b"}')
-    assert b'"tokens":[2,3]' in await tokenization.tokenize(b'{"prompt":"a b","add_special_tokens":false}')
+    client = await client_of(tmp_path)
+    assert (await tokenized(client, "a b"))["tokens"] == [0, 2, 3, 1]
+    assert (await tokenized(client, "a b", add_special_tokens=False))["tokens"] == [2, 3]
 
 
 async def test_nothing_is_cut_and_nothing_padded(tmp_path: Path) -> None:
     save_framing_tokenizer(tmp_path)
-    tokenization = await tokenization_of(tmp_path)
-    assert b'"count":102,' in await tokenization.tokenize(b'{"prompt":"%b"}' % (b"a " * 100))
-    assert b'"count":3,' in await tokenization.tokenize(b'{"prompt":"a"}')
+    client = await client_of(tmp_path)
+    assert (await tokenized(client, "a " * 100))["count"] == 102
+    assert (await tokenized(client, "a"))["count"] == 3
 
 
 async def test_long_texts_leave_the_event_loop_free(tmp_path: Path) -> None:
     save_framing_tokenizer(tmp_path)
-    tokenization = await tokenization_of(tmp_path)
-    body = b'{"prompt":"%b"}' % (b"a " * 200_000)
+    client = await client_of(tmp_path)
     worst_s = 0.0
     begin = time.perf_counter()
-    work = asyncio.create_task(tokenization.tokenize(body))
+    work = asyncio.create_task(tokenized(client, "a " * 200_000))
     while not work.done():
         before = time.perf_counter()
         await asyncio.sleep(0)
         worst_s = max(worst_s, time.perf_counter() - before)
-    assert b'"count":200002,' in await work
+    assert (await work)["count"] == 200_002
     assert worst_s < (time.perf_counter() - begin) / 2

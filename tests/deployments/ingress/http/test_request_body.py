@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.ingress.api.completions.request import CompletionRequest, parse_completion_request
-from deployments.ingress.api.keys import CreateKeyRequest
+from deployments.ingress.api.keys.bodies import CreateKeyRequest
 from deployments.ingress.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.http.json_body import Body, parse_body, parsed

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from deployments.ingress.api.completions.dialects import DIALECTS
 from deployments.ingress.api.completions.request import CompletionRequest
+from deployments.ingress.api.description.operations import error_classes
 from deployments.ingress.api.parameter_types import Source
-from deployments.ingress.openapi.answers import error_classes
 from deployments.ingress.openapi.markdown import api_reference
 
 DOCS = Path(__file__).parents[4] / "docs" / "api.md"

@@ -11,14 +11,15 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from deployments.ingress.api.completions.answers import completion_schema
 from deployments.ingress.api.completions.dialects import D0, D1, D2, D3, DIALECTS
-from deployments.ingress.api.keys import CreateKeyRequest, TeamRequest, UpdateKeyRequest
+from deployments.ingress.api.description.json_schemas import Json, schemas_of
+from deployments.ingress.api.description.operations import error_classes
+from deployments.ingress.api.keys.bodies import CreateKeyRequest, TeamRequest, UpdateKeyRequest
 from deployments.ingress.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.ingress.errors import ApiError, Conflict, InvalidRequest, MethodNotAllowed
 from deployments.ingress.http.json_body import parse_body
-from deployments.ingress.openapi.answers import error_classes
 from deployments.ingress.openapi.document import openapi_document
-from deployments.ingress.openapi.json_schemas import Json, completion_schema, schemas_of
 from tests.deployments.ingress.memory_administration import USER, administration, record_hour
 from tests.deployments.ingress.memory_gateway import events, gateway
 from tests.deployments.ingress.memory_meter import ADMIN_KEY, USER_KEY

@@ -24,6 +24,7 @@ from deployments.ingress.errors import (
     RequestTimeout,
     UnsupportedMediaType,
 )
+from deployments.ingress.http.auth import key_in, missing_key
 
 EACH = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
 
@@ -82,7 +83,7 @@ def test_path_and_header_choose_the_dialect(path: str, headers: dict[str, str], 
     ],
 )
 def test_where_the_key_is(headers: dict[str, str], keys: tuple[str, ...]) -> None:
-    assert tuple(dialect.key(Headers(headers)) for dialect in DIALECTS) == keys
+    assert tuple(key_in(Headers(headers), dialect.credentials) for dialect in DIALECTS) == keys
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_where_the_key_is(headers: dict[str, str], keys: tuple[str, ...]) -> Non
     ],
 )
 def test_who_sends_no_key_is_told_how(dialect: Dialect, usage: str) -> None:
-    told = dialect.missing_key(Headers({})).message
+    told = missing_key(Headers({}), dialect.credentials).message
     assert "didn't provide" in told
     assert usage in told
 
@@ -112,8 +113,8 @@ def test_who_sends_no_key_is_told_how(dialect: Dialect, usage: str) -> None:
 )
 def test_who_sends_a_key_in_another_form_is_told_so(dialect: Dialect, value: str, wrong: str) -> None:
     headers = Headers({"authorization": value})
-    assert dialect.key(headers) == ""
-    told = dialect.missing_key(headers).message
+    assert key_in(headers, dialect.credentials) == ""
+    told = missing_key(headers, dialect.credentials).message
     assert wrong in told
     assert "secret" not in told
 

@@ -1,4 +1,4 @@
-"""The public pages that tell how to use the others: the OpenAPI document, Swagger UI over it, and `Completion.json`.
+"""The public pages that tell how to use the others: the OpenAPI document, and Swagger UI over it.
 
 Swagger UI comes whole from the package fastapi-offline, of which only the two files are used: a browser that shows
 `/docs` asks nobody else for anything.
@@ -11,16 +11,14 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Final
 
-import msgspec
-from starlette.requests import Request
+from fastapi import APIRouter
 from starlette.responses import FileResponse, Response
-from starlette.routing import Route
 
-from deployments.ingress.api.completions.dialects import SCHEMA_PATH
-from deployments.ingress.openapi.document import openapi_document
-from deployments.ingress.openapi.json_schemas import completion_schema
+from deployments.ingress.api.description.endpoint import Endpoint
+from deployments.ingress.api.description.operations import PUBLIC, answered, operation
+from deployments.ingress.api.services import ServicesOf
 
-__all__ = ["documentation_routes"]
+__all__ = ["DOCUMENTATION"]
 
 _PAGE: Final = b"""<!doctype html>
 <html lang="en">
@@ -53,49 +51,51 @@ _POLICY: Final = {
 }
 
 
-def documentation_routes() -> list[Route]:
-    return [
-        Route("/openapi.json", _openapi),
-        Route(SCHEMA_PATH, _completion_schema),
-        Route("/docs", _docs),
-        Route("/docs/start.js", _start),
-        Route("/docs/swagger-ui.css", _style),
-        Route("/docs/swagger-ui-bundle.js", _script),
-    ]
+_router = APIRouter()
+DOCUMENTATION: Final = Endpoint("documentation", "Public, without a key.", _router)
 
 
-async def _openapi(_request: Request) -> Response:
-    return Response(_openapi_body(), media_type="application/json")
+@_router.get(
+    "/openapi.json",
+    openapi_extra=operation(
+        "This document",
+        "openapi",
+        answered("It.", {"application/json": {"schema": {"type": "object"}}}),
+        500,
+        security=PUBLIC,
+    ),
+)
+async def openapi(services: ServicesOf) -> Response:
+    return Response(services.document(), media_type="application/json")
 
 
-async def _completion_schema(_request: Request) -> Response:
-    return Response(_completion_schema_body(), media_type="application/json")
-
-
-async def _docs(_request: Request) -> Response:
+@_router.get(
+    "/docs",
+    openapi_extra=operation(
+        "This document, to read and try",
+        "docs",
+        answered("A page.", {"text/html": {"schema": {"type": "string"}}}),
+        500,
+        security=PUBLIC,
+    ),
+)
+async def docs() -> Response:
     return Response(_PAGE, media_type="text/html", headers=_POLICY)
 
 
-async def _start(_request: Request) -> Response:
+@_router.get("/docs/start.js")
+async def start() -> Response:
     return Response(_START, media_type="text/javascript")
 
 
-async def _style(_request: Request) -> Response:
+@_router.get("/docs/swagger-ui.css")
+async def style() -> Response:
     return FileResponse(_swagger_ui() / "swagger-ui.css")
 
 
-async def _script(_request: Request) -> Response:
+@_router.get("/docs/swagger-ui-bundle.js")
+async def script() -> Response:
     return FileResponse(_swagger_ui() / "swagger-ui-bundle.js", media_type="text/javascript")
-
-
-@cache
-def _openapi_body() -> bytes:
-    return msgspec.json.encode(openapi_document())
-
-
-@cache
-def _completion_schema_body() -> bytes:
-    return msgspec.json.encode(completion_schema())
 
 
 @cache

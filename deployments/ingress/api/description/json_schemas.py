@@ -1,18 +1,14 @@
-"""JSON schemas (2020-12) of the models of bodies and answers, for whoever describes them: the OpenAPI document,
-`Completion.json` and docs/api.md."""
+"""JSON schemas (2020-12) of the models of bodies and answers, for all that describes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue, models_json_schema
 
-from deployments.ingress.openapi.answer_models import Completion
-
-__all__ = ["Json", "completion_schema", "schemas_of"]
+__all__ = ["Json", "schemas_of"]
 
 Json = dict[str, Any]
 
@@ -49,16 +45,3 @@ def _unwrap(schema: Json) -> None:
     for described in (schema, *schema.get("properties", {}).values()):
         if "description" in described:
             described["description"] = " ".join(described["description"].split())
-
-
-@cache
-def completion_schema() -> Json:
-    """What the `$schema` of an answer refers to."""
-    definitions = schemas_of([Completion], "#/$defs/{model}")
-    completion = definitions.pop("Completion")
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Completion",
-        **completion,
-        "$defs": definitions,
-    }

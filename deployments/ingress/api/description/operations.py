@@ -1,17 +1,19 @@
-"""The answers that operations of the OpenAPI document share: every error, made from the table in errors.py, and the
-headers."""
+"""The words in which an endpoint says what it takes and answers, as a part of the OpenAPI document; and what all
+operations share: every error, made from the table in errors.py, and the headers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Final
 
+from deployments.ingress.api.description.json_schemas import Json
 from deployments.ingress.errors import ApiError
-from deployments.ingress.openapi.json_schemas import Json
 
 __all__ = [
+    "ADMIN_SECURITY",
     "ANY_WITH_KEY",
     "INVALID",
+    "PUBLIC",
     "READING_A_BODY",
     "answered",
     "error_classes",
@@ -20,6 +22,7 @@ __all__ = [
     "headers",
     "json_content",
     "operation",
+    "parameter",
     "posted",
     "ref",
     "schema_ref",
@@ -124,22 +127,26 @@ def errors(*statuses: int) -> Json:
     return {str(status): ref("responses", f"Error{status}") for status in statuses}
 
 
+ADMIN_SECURITY: Final[list[Json]] = [{"AdminKey": []}]
+PUBLIC: Final[list[Json]] = []
+"""The security of what needs no key."""
 READING_A_BODY: Final = (408, 413, 415)
 ANY_WITH_KEY: Final = (401, 429, 500, 503)
 
 
-def operation(
-    tag: str, summary: str, operation_id: str, answer: Json, *statuses: int, success: int = 200, **more: Any
-) -> Json:
-    """`statuses` are those of errors."""
+def operation(summary: str, operation_id: str, answer: Json, *statuses: int, success: int = 200, **more: Any) -> Json:
+    """For a route's `openapi_extra`. `statuses` are those of errors; `more` are fields of the operation."""
     return {
-        "tags": [tag],
         "summary": summary,
         "operationId": operation_id,
         "parameters": [ref("parameters", "RequestId"), *more.pop("parameters", ())],
         "responses": {str(success): answer, **errors(*statuses)},
         **more,
     }
+
+
+def parameter(name: str, description: str, schema: Json, *, required: bool = False, place: str = "query") -> Json:
+    return {"name": name, "in": place, "required": required, "description": description, "schema": schema}
 
 
 def posted(schema: str, example: Json) -> Json:

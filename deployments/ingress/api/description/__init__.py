@@ -1,0 +1,1 @@
+"""What an endpoint says of itself, and the words for it."""

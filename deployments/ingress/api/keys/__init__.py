@@ -1,0 +1,1 @@
+"""Keys and teams, for the admin key."""
