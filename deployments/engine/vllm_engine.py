@@ -256,11 +256,12 @@ class VllmEngine:
 
 
 def _sampling_params(sampling: Sampling) -> Any:
-    from vllm import SamplingParams
     from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
+    from deployments.engine._vllm_sampling import CheckedSamplingParams
+
     detection = sampling.repetition_detection
-    return SamplingParams(
+    return CheckedSamplingParams(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,

@@ -95,6 +95,17 @@ async def test_a_seeded_prompt_that_is_read_in_chunks_draws_as_one_that_is_read_
     assert in_chunks.tokens == at_once.tokens
 
 
+async def test_a_grammar_that_was_checked_is_not_compiled_again_on_the_event_loop(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[object] = []
+    guidance = importlib.import_module("vllm.v1.structured_output.backend_guidance")
+    monkeypatch.setattr(guidance, "validate_guidance_grammar", lambda *given, **_: compiled.append(given))
+    receiver = await complete(engine, "form", PROMPT, Sampling(max_tokens=9, grammar='start: "yes" | "no"'))
+    assert receiver.finishes == ["end_of_text"]
+    assert compiled == []
+
+
 async def test_an_engine_core_that_hangs_is_unhealthy_until_it_goes_on(engine: VllmEngine) -> None:
     (core,) = engine_cores()
     await engine.check_health()
