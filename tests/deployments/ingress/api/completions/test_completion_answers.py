@@ -27,6 +27,7 @@ from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import SimulatedOutput, Simulator
 from deployments.ingress.api.completions import completion
 from deployments.ingress.app import IngressSettings, build_app
+from deployments.ingress.inference import request as inference_request
 from deployments.ingress.routing.catalog import FillInTheMiddle
 from tests.deployments.ingress.letter_tokenizer import LETTERS, VOCABULARY_TOKENS
 from tests.deployments.ingress.memory_gateway import AUTHORIZED, BODY_LIMIT_BYTES, Gateway, gateway, meter_client_of
@@ -988,8 +989,8 @@ async def test_what_is_told_of_a_long_prompt_is_the_same_in_pieces(
 async def test_log_probabilities_of_prompts_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], param: str, words: str
 ) -> None:
-    monkeypatch.setattr(completion, "_MAX_PROMPT_ENTRIES", 80)
-    monkeypatch.setattr(completion, "_MAX_PROMPT_ENTRIES_OF_ALL", 200)
+    monkeypatch.setattr(inference_request, "_MAX_PROMPT_ENTRIES", 80)
+    monkeypatch.setattr(inference_request, "_MAX_PROMPT_ENTRIES_OF_ALL", 200)
     async with gateway(tmp_path) as gate:
         response = await gate.complete(**{"prompt": "hello" * 5, "max_tokens": 1, **fields})
         error = response.json()["error"]
