@@ -20,7 +20,9 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine.deployment import EngineDeployment
+from deployments.engine.model_source import source_kind
 from deployments.engine.router import TargetedRouter
+from deployments.engine.settings import ReplicaSettings, VllmSettings
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.deployment import MeterDeployment
 from deployments.meter.remote.shards import GATEWAY, meter_names
@@ -33,9 +35,7 @@ from serve_app.config import (
     ModelConfig,
     ModelResources,
     ReplicaRange,
-    VllmEngineConfig,
 )
-from serve_app.model_source import source_kind
 
 __all__ = [
     "GATEWAY",
@@ -59,16 +59,6 @@ _LOGGING = {"enable_access_log": False}
 _RESUME_TIMEOUT_S = 180.0
 _REPORT_PERIOD_S = 1.0
 """How often replicas tell Serve's controller of their load."""
-_NOT_OF_REPLICAS = {
-    "replicas",
-    "price",
-    "hold_timeout_s",
-    "cold_start_timeout_s",
-    "max_held_tokens",
-    "infilling",
-    "hub_id",
-    "aliases",
-}
 """What of a model its engine replicas need not know."""
 
 
@@ -90,8 +80,9 @@ class GatewayArguments(BaseModel, frozen=True, extra="forbid"):
 
 class ModelArguments(BaseModel, frozen=True, extra="forbid"):
     home: str
-    model: dict[str, Any]
-    """A ModelConfig as JSON."""
+    settings: dict[str, Any]
+    """ReplicaSettings as JSON."""
+    drain_timeout_s: float
 
 
 def application_name(model: str) -> str:
@@ -139,16 +130,16 @@ def build_gateway(arguments: GatewayArguments) -> Application:
 
 def build_model(arguments: ModelArguments) -> Application:
     """Serve's builder of one `model-<name>`."""
-    model = ModelConfig.model_validate(arguments.model)
+    settings = ReplicaSettings.model_validate(arguments.settings)
     engine = serve.deployment(
         name=ENGINE,
         max_ongoing_requests=_UNLIMITED,
         request_router_config=RequestRouterConfig(request_router_class=TargetedRouter),
         health_check_period_s=2,
-        health_check_timeout_s=model.stall_timeout_s + 5,
+        health_check_timeout_s=settings.stall_timeout_s + 5,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=model.drain_timeout_s + SHUTDOWN_MARGIN_S,
-    )(EngineDeployment).bind(arguments.model, arguments.home)
+        graceful_shutdown_timeout_s=arguments.drain_timeout_s + SHUTDOWN_MARGIN_S,
+    )(EngineDeployment).bind(arguments.settings, arguments.home)
     return serve.deployment(
         name=ROOT,
         autoscaling_config={"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1},
@@ -192,9 +183,9 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
             "folder": str(folders[model.name]),
             "max_model_len": lengths[model.name],
             "fingerprint": fingerprint(model),
-            "priority_scheduling": isinstance(model.engine, VllmEngineConfig)
+            "priority_scheduling": isinstance(model.engine, VllmSettings)
             and model.engine.scheduling_policy == "priority",
-            "verifies_outputs": isinstance(model.engine, VllmEngineConfig),
+            "verifies_outputs": isinstance(model.engine, VllmSettings),
             "infilling": None if model.infilling is None else model.infilling.model_dump(),
             "limits": {
                 "hold_timeout_s": model.hold_timeout_s,
@@ -306,13 +297,17 @@ def _model_application(model: ModelConfig, home: Path) -> dict[str, Any]:
             PoolPolicy,
             {"model": model.name, "targets": model.replicas.model_dump(), "needs": _needs(model.resources)},
         )
-    # What may change without touching the replicas that run is no part of the arguments.
-    arguments = model.model_dump(mode="json", exclude=_NOT_OF_REPLICAS)
+    arguments = ModelArguments(
+        home=str(home),
+        # What may change without touching the replicas that run is no part of it.
+        settings=model.model_dump(mode="json", include=set(ReplicaSettings.model_fields)),
+        drain_timeout_s=model.drain_timeout_s,
+    )
     return {
         "name": application_name(model.name),
         "route_prefix": None,
         "logging_config": _LOGGING,
         "import_path": f"{__name__}:build_model",
-        "args": ModelArguments(home=str(home), model=arguments).model_dump(),
+        "args": arguments.model_dump(),
         "deployments": [deployment],
     }

@@ -26,7 +26,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ByteSize,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -40,7 +39,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from serve_app.model_source import SOURCE_FORMS, source_kind
+from deployments.engine.model_source import SOURCE_FORMS, source_kind
+from deployments.engine.settings import EngineSettings, VllmSettings
+from deployments.section import Section, unexpected
 
 __all__ = [
     "INGRESS_DRAIN_S",
@@ -48,7 +49,6 @@ __all__ = [
     "ClusterConfig",
     "ClusterSection",
     "ConfigError",
-    "EngineConfig",
     "HttpConfig",
     "IngressConfig",
     "KubernetesConfig",
@@ -60,8 +60,6 @@ __all__ = [
     "Problem",
     "ProcessResources",
     "ReplicaRange",
-    "SimulatedEngineConfig",
-    "VllmEngineConfig",
     "load_cluster_config",
     "millstream_home",
 ]
@@ -112,11 +110,6 @@ def millstream_home(environ: Mapping[str, str]) -> Path:
 # --- schema -------------------------------------------------------------------------------------------------
 
 
-def _unexpected(expected: str) -> PydanticCustomError:
-    """An error of one value, in the words of `Problem.expected`."""
-    return PydanticCustomError("unexpected", "expected {expected}", {"expected": expected})
-
-
 def _line_error(location: Location, value: object, error: PydanticCustomError) -> InitErrorDetails:
     return InitErrorDetails(type=error, loc=location, input=value)
 
@@ -127,25 +120,25 @@ def _body_limit(value: object, parse: ValidatorFunctionWrapHandler) -> ByteSize:
     except (ValidationError, OverflowError):
         size = None
     if not isinstance(size, ByteSize) or not 2**10 <= size <= 2**26:
-        raise _unexpected("a size from 1KiB to 64MiB, such as 8MiB, 512KiB or a plain number of bytes")
+        raise unexpected("a size from 1KiB to 64MiB, such as 8MiB, 512KiB or a plain number of bytes")
     return size
 
 
 def _dns_label(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
-        raise _unexpected("a DNS label: a-z, 0-9 and, not at its ends, '-', up to 63 characters")
+        raise unexpected("a DNS label: a-z, 0-9 and, not at its ends, '-', up to 63 characters")
     return name
 
 
 def _object_name(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name):
-        raise _unexpected("a name of Kubernetes: a-z, 0-9 and, not at its ends, '.' and '-', up to 253 characters")
+        raise unexpected("a name of Kubernetes: a-z, 0-9 and, not at its ends, '.' and '-', up to 253 characters")
     return name
 
 
 def _quantity(memory: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]*(Mi|Gi|Ti)", memory, re.ASCII):
-        raise _unexpected("a whole number of Mi, Gi or Ti, such as 4Gi")
+        raise unexpected("a whole number of Mi, Gi or Ti, such as 4Gi")
     return memory
 
 
@@ -155,7 +148,7 @@ _NAME_PART: Final = "[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 def _model_name(name: str) -> str:
     """One slash at most, and no `~`, which stands for it in the names of applications (serve_app/applications.py)."""
     if len(name) > 96 or not re.fullmatch(f"({_NAME_PART}/)?{_NAME_PART}", name, re.ASCII):
-        raise _unexpected(
+        raise unexpected(
             "a model name as on the hub, NAME or OWNER/NAME of up to 96 characters, each of A-Z, a-z, 0-9 and, not at "
             "its ends, '.', '_' and '-'"
         )
@@ -164,29 +157,23 @@ def _model_name(name: str) -> str:
 
 def _hub_id(name: str) -> str:
     if source_kind(name) != "hub":
-        raise _unexpected("a hub id owner/name")
+        raise unexpected("a hub id owner/name")
     return name
 
 
 def _gpu_count(gpus: float) -> float:
     if gpus > 1 and gpus != int(gpus):
-        raise _unexpected("a whole number of GPUs, or a fraction below 1 of one GPU")
+        raise unexpected("a whole number of GPUs, or a fraction below 1 of one GPU")
     return gpus
 
 
 def _cors_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     if origins != ("*",) and not all(re.fullmatch(r"https?://[a-z0-9.:\[\]-]+", origin) for origin in origins):
-        raise _unexpected('origins as browsers send them, such as https://chat.example.com without a path, or ["*"]')
+        raise unexpected('origins as browsers send them, such as https://chat.example.com without a path, or ["*"]')
     return origins
 
 
-class _Section(BaseModel):
-    """A mapping in cluster.yaml. `"1"` is no number, `1` no text and an unknown key an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class HttpConfig(_Section):
+class HttpConfig(Section):
     """Where clients reach the cluster."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -195,7 +182,7 @@ class HttpConfig(_Section):
     """1 to 65535."""
 
 
-class ClusterSection(_Section):
+class ClusterSection(Section):
     """The cluster as a whole."""
 
     name: Annotated[str, AfterValidator(_dns_label)] = "millstream"
@@ -210,7 +197,7 @@ class ClusterSection(_Section):
     Kubernetes."""
 
 
-class ReplicaRange(_Section):
+class ReplicaRange(Section):
     """How many replicas Ray Serve may run."""
 
     min: PositiveInt = 1
@@ -222,7 +209,7 @@ class ReplicaRange(_Section):
     @classmethod
     def _not_below_min(cls, maximum: int, info: ValidationInfo) -> int:
         if maximum < (minimum := info.data.get("min", 1)):
-            raise _unexpected(f"at least {minimum}, the min beside it")
+            raise unexpected(f"at least {minimum}, the min beside it")
         return maximum
 
 
@@ -248,14 +235,14 @@ class PoolSize(ReplicaRange):
         return self.min == self.max
 
 
-class ProcessResources(_Section):
+class ProcessResources(Section):
     """What a replica without GPU reserves."""
 
     cpus: NonNegativeFloat = 0.25
     """CPUs for Ray's placement, >= 0; a fraction lets several replicas share one. No limit on use."""
 
 
-class IngressConfig(_Section):
+class IngressConfig(Section):
     """The processes that speak HTTP with the clients."""
 
     replicas: ReplicaRange = ReplicaRange()
@@ -285,7 +272,7 @@ def _ledger_url(home: Path) -> str:
     return f"sqlite:///{home}/ledger.db"
 
 
-class MeterConfig(_Section):
+class MeterConfig(Section):
     """The processes that tokenize, know the keys and keep the ledger."""
 
     database: str = Field(default_factory=lambda: _ledger_url(millstream_home(os.environ)))
@@ -313,7 +300,7 @@ class MeterConfig(_Section):
         if not re.match(
             r"sqlite:////[^?]|postgresql(\+psycopg)?://[^/]*/[^/?]+|env://[A-Za-z_][A-Za-z0-9_]*$", url, re.ASCII
         ):
-            raise _unexpected(
+            raise unexpected(
                 "sqlite:/// and the absolute path of a file, such as sqlite:///${MILLSTREAM_HOME}/ledger.db, "
                 "postgresql://user:password@host/name, or env:// and the name of a variable that holds the URL"
             )
@@ -323,84 +310,11 @@ class MeterConfig(_Section):
     @classmethod
     def _one_writer_of_a_file(cls, replicas: int, info: ValidationInfo) -> int:
         if replicas > 1 and info.data.get("database", "").startswith("sqlite"):
-            raise _unexpected("1 with SQLite; more meters share a PostgreSQL database, named by meter.database")
+            raise unexpected("1 with SQLite; more meters share a PostgreSQL database, named by meter.database")
         return replicas
 
 
-class VllmEngineConfig(_Section):
-    """A vLLM engine per replica; the meanings are those of vLLM's engine arguments."""
-
-    kind: Literal["vllm"]
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and activations. float32 on CPUs without AVX-512 or AMX, where bfloat16 is slow."""
-    max_model_len: PositiveInt | None = None
-    """Tokens of prompt and completion together, >= 1; null takes what the model was trained for."""
-    tensor_parallel_size: PositiveInt = 1
-    """GPUs that share each layer, >= 1; keep them within one node."""
-    pipeline_parallel_size: PositiveInt = 1
-    """Groups of GPUs that hold successive layers, >= 1."""
-    max_num_seqs: PositiveInt = 256
-    """Sequences in the batch at most, >= 1."""
-    max_num_batched_tokens: PositiveInt | None = None
-    """Tokens that one step computes at most, >= `max_num_seqs`; null leaves it to vLLM. A long prompt takes so many
-    in each step, and every other sequence waits for it: choose what the machine computes in well under a second."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Share of each GPU's memory for weights and KV cache, above 0 to 1. GPU only."""
-    kv_cache_gib: PositiveInt = 1
-    """GiB of memory for the KV cache, >= 1. CPU only (VLLM_CPU_KVCACHE_SPACE)."""
-    enforce_eager: bool = False
-    """Run without torch.compile and CUDA graphs: starts minutes sooner, slower on GPUs, no difference on
-    CPUs."""
-    enable_prefix_caching: bool = True
-    """Keep the KV blocks of past prompts for prompts that begin alike."""
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    """`priority` serves requests of a lower `priority` first; with `fcfs` requests must not give one."""
-
-    @field_validator("max_num_batched_tokens")
-    @classmethod
-    def _hold_a_batch(cls, tokens: int | None, info: ValidationInfo) -> int | None:
-        sequences = info.data.get("max_num_seqs")
-        if tokens is not None and sequences and tokens < sequences:
-            raise _unexpected(f"at least max_num_seqs, {sequences}: a step computes one token of each sequence")
-        return tokens
-
-
-class SimulatedEngineConfig(_Section):
-    """An engine that takes time and makes up tokens, for load, fault and conformance tests."""
-
-    kind: Literal["simulated"]
-    max_model_len: PositiveInt = 2048
-    """Tokens of prompt and completion together, >= 1."""
-    prefill_tokens_per_s: PositiveFloat | None = 20_000.0
-    """Prompt tokens per second, > 0; null prefills in no time."""
-    step_s: NonNegativeFloat = 0.002
-    """Seconds, >= 0, of a decode step of one sequence."""
-    step_s_per_sequence: NonNegativeFloat = 0.0
-    """Seconds, >= 0, that each further sequence in the batch adds to a step."""
-    max_num_seqs: PositiveInt = 256
-    """Sequences in the batch at most, >= 1."""
-    kv_block_tokens: PositiveInt = 16
-    """Tokens per KV block, >= 1."""
-    kv_blocks: PositiveInt = 8192
-    """KV blocks of a replica, >= 1, together enough for one sequence of `max_model_len` tokens."""
-    prefix_cache: bool = True
-    """Keep the KV blocks of past prompts for prompts that begin alike."""
-    start_up_s: NonNegativeFloat = 0.0
-    """Seconds, >= 0, that a replica takes to start."""
-
-    @field_validator("kv_blocks")
-    @classmethod
-    def _hold_a_sequence(cls, blocks: int, info: ValidationInfo) -> int:
-        tokens, block_tokens = info.data.get("max_model_len"), info.data.get("kv_block_tokens")
-        if tokens and block_tokens and blocks < (needed := -(-tokens // block_tokens)):
-            raise _unexpected(f"at least {needed} blocks: one sequence of max_model_len {tokens} tokens")
-        return blocks
-
-
-EngineConfig = Annotated[VllmEngineConfig | SimulatedEngineConfig, Field(discriminator="kind")]
-
-
-class ModelResources(_Section):
+class ModelResources(Section):
     """What one replica of a model reserves."""
 
     cpus: NonNegativeFloat = 1.0
@@ -411,7 +325,7 @@ class ModelResources(_Section):
     """Ray's name of the GPU type, such as H100; null takes any."""
 
 
-class Price(_Section):
+class Price(Section):
     """Price per million tokens, in whatever currency the operator bills."""
 
     prompt: NonNegativeFloat = 0.0
@@ -420,7 +334,7 @@ class Price(_Section):
     """>= 0."""
 
 
-class FillInTheMiddleConfig(_Section):
+class FillInTheMiddleConfig(Section):
     """The special tokens, as text, by which a model is asked for what comes between a prompt and a `suffix`."""
 
     prefix: str = Field(min_length=1)
@@ -431,7 +345,7 @@ class FillInTheMiddleConfig(_Section):
     """Stands behind the suffix, such as `<|fim_middle|>`."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """One model and the pool of replicas that serve it: the Serve application `model-<name>`."""
 
     name: Annotated[str, AfterValidator(_model_name)]
@@ -440,12 +354,12 @@ class ModelConfig(_Section):
     """More names that clients may write as `model`; unique as well. A key for one of a model's names may use them all.
     """
     source: str
-    """Weights and tokenizer: `package://NAME`, a folder or a hub id `owner/name` (see model_source.py). The
+    """Weights and tokenizer: `package://NAME`, a folder or a hub id `owner/name` (see engine/model_source.py). The
     path of a folder is relative to the folder of cluster.yaml, and absolute once loaded."""
     hub_id: Annotated[str, AfterValidator(_hub_id)] | None = None
     """The hub's name of the model, `owner/name`, which clients are told as `root` and load its tokenizer by. Of a
     `source` that is a hub id it is known."""
-    engine: EngineConfig
+    engine: EngineSettings
     resources: ModelResources = ModelResources()
     replicas: PoolSize = PoolSize()
     price: Price = Price()
@@ -470,7 +384,7 @@ class ModelConfig(_Section):
     def _known_form(cls, source: str, info: ValidationInfo) -> str:
         kind = source_kind(source)
         if kind is None:
-            raise _unexpected(SOURCE_FORMS)
+            raise unexpected(SOURCE_FORMS)
         if kind == "folder":
             base: Path = (info.context or {}).get("folder", Path.cwd())
             return os.path.abspath(base / Path(source).expanduser())
@@ -480,16 +394,16 @@ class ModelConfig(_Section):
     @classmethod
     def _one_gpu_per_shard(cls, resources: ModelResources, info: ValidationInfo) -> ModelResources:
         engine, gpus = info.data.get("engine"), resources.gpus
-        if isinstance(engine, VllmEngineConfig):
+        if isinstance(engine, VllmSettings):
             shards = engine.tensor_parallel_size * engine.pipeline_parallel_size
             if gpus != shards and gpus > 0 and max(gpus, shards) > 1:
-                wrong = _unexpected(f"{shards}, tensor_parallel_size times pipeline_parallel_size of the engine")
+                wrong = unexpected(f"{shards}, tensor_parallel_size times pipeline_parallel_size of the engine")
                 shown = int(gpus) if gpus.is_integer() else gpus
                 raise ValidationError.from_exception_data("gpus", [_line_error(("gpus",), shown, wrong)])
         return resources
 
 
-class PodMemory(_Section):
+class PodMemory(Section):
     """Memory of the pods of each kind, request and limit, such as 4Gi or 512Mi."""
 
     head: Annotated[str, AfterValidator(_quantity)] = "4Gi"
@@ -499,7 +413,7 @@ class PodMemory(_Section):
     """For each GPU of a pod; for the whole pod where it has none."""
 
 
-class Volume(_Section):
+class Volume(Section):
     """A PersistentVolumeClaim."""
 
     size: Annotated[str, AfterValidator(_quantity)]
@@ -507,7 +421,7 @@ class Volume(_Section):
     """null takes the cluster's default."""
 
 
-class KubernetesStorage(_Section):
+class KubernetesStorage(Section):
     """What outlives pods, besides the database."""
 
     models: Volume = Volume(size="200Gi")
@@ -518,7 +432,7 @@ class KubernetesStorage(_Section):
     mounted by one pod (ReadWriteOnce)."""
 
 
-class KubernetesSecrets(_Section):
+class KubernetesSecrets(Section):
     """Names of Secrets, which must exist; null stands for the name of the cluster, a dash, and what is said here."""
 
     database: Annotated[str, AfterValidator(_object_name)] | None = None
@@ -533,7 +447,7 @@ class KubernetesSecrets(_Section):
     """`hub`: key `token`, for gated models of the Hugging Face hub; may be missing."""
 
 
-class KubernetesConfig(_Section):
+class KubernetesConfig(Section):
     """What `millstream render kubernetes` must know of the Kubernetes cluster. Has no effect elsewhere."""
 
     cpu_image: str = Field(default="millstream-cpu:0.1.0", min_length=1)
@@ -559,7 +473,7 @@ class KubernetesConfig(_Section):
     all."""
     gpus_per_node: PositiveInt = 8
     """GPUs of a node, >= 1: all GPUs of a replica are on one node."""
-    accelerators: dict[str, dict[str, str]] = {}
+    accelerators: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Node labels by accelerator, as models name it in `resources.accelerator`, such as
     `H100: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}`."""
     memory: PodMemory = PodMemory()
@@ -567,7 +481,7 @@ class KubernetesConfig(_Section):
     secrets: KubernetesSecrets = KubernetesSecrets()
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """The whole of cluster.yaml."""
 
     cluster: ClusterSection = ClusterSection()
@@ -588,7 +502,7 @@ class ClusterConfig(_Section):
     def _unique_names(cls, models: object, check: ValidatorFunctionWrapHandler) -> tuple[ModelConfig, ...]:
         """Wraps the check of each model, so that a repeated name is told together with all other problems."""
         if isinstance(models, list | tuple) and not models:
-            raise _unexpected("at least one model")
+            raise unexpected("at least one model")
         repeated: list[InitErrorDetails] = []
         first: dict[str, tuple[Location, int]] = {}
         for index, model in enumerate(models if isinstance(models, list | tuple) else ()):
@@ -596,7 +510,7 @@ class ClusterConfig(_Section):
                 location = (index, *inner)
                 earlier, of_model = first.setdefault(name, (location, index))
                 if earlier != location:
-                    wrong = _unexpected(f"a name of its own (models[{of_model}] has this one)")
+                    wrong = unexpected(f"a name of its own (models[{of_model}] has this one)")
                     repeated.append(_line_error(location, name, wrong))
         try:
             checked: tuple[ModelConfig, ...] = check(models)
@@ -840,7 +754,7 @@ def _in_our_words(error: ErrorDetails) -> tuple[Location, str, str]:
 
 def _known_keys(location: Location) -> str:
     """What was expected instead of the unknown key that ends `location`, a location as pydantic gives it."""
-    sections: list[type[_Section]] = [ClusterConfig]
+    sections: list[type[Section]] = [ClusterConfig]
     for part in location[:-1]:
         if isinstance(part, int):
             continue
@@ -854,8 +768,8 @@ def _known_keys(location: Location) -> str:
     return f"{expected} (did you mean {nearest[0]}?)" if nearest else expected
 
 
-def _sections_in(annotation: Any) -> list[type[_Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, _Section):
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for inner in get_args(annotation) for section in _sections_in(inner)]
 

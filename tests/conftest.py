@@ -20,8 +20,8 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, settings
 
+from deployments.engine.model_source import prepare_model
 from serve_app.config import millstream_home
-from serve_app.model_source import prepare_model
 from tests.faults.loop_probe import probe_environment
 from tests.postgres import PostgresServer, postgres_binaries, postgres_server
 from tests.vllm_server import vllm_server

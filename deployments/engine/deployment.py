@@ -22,62 +22,44 @@ from deployments.connections._serve_listener import listen_at_node_address
 from deployments.connections.step_connection import StepServer
 from deployments.contracts import Settlement, pack
 from deployments.engine.engine import Engine
+from deployments.engine.model_source import prepare_model
 from deployments.engine.orphans import Orphanage
 from deployments.engine.replica import EngineReplica
+from deployments.engine.settings import ReplicaSettings, SimulatedEngineSettings
 from deployments.engine.simulated_engine import SimulatedEngine, vocabulary_of
 from deployments.engine.simulator import SimulatorSettings
-from deployments.engine.vllm_engine import VllmEngine, VllmSettings
+from deployments.engine.vllm_engine import VllmEngine
 from deployments.logging import configure_logging, log_targets_kept
 from deployments.meter.remote.meter_transport import MeterUnreachable
 from deployments.meter.remote.remote_meter import RemoteMeter
 from deployments.meter.remote.shards import GATEWAY, meter_names
 from deployments.settlement.outbox import SettlementOutbox
-from serve_app.config import ModelConfig, SimulatedEngineConfig
-from serve_app.model_source import prepare_model
 
 __all__ = ["EngineDeployment", "build_engine"]
 
 log = structlog.get_logger()
 
 
-def build_engine(model: ModelConfig, folder: Path) -> Engine:
-    """The engine that `model` asks for, not yet started, on the prepared model in `folder`."""
-    engine = model.engine
-    if isinstance(engine, SimulatedEngineConfig):
+def build_engine(settings: ReplicaSettings, folder: Path) -> Engine:
+    """The engine that is asked for, not yet started, on the prepared model in `folder`."""
+    engine = settings.engine
+    if isinstance(engine, SimulatedEngineSettings):
         first_token, vocabulary_tokens = vocabulary_of(folder)
         return SimulatedEngine(
             SimulatorSettings(
                 vocabulary_tokens=vocabulary_tokens,
                 first_token=first_token,
-                prefill_tokens_per_s=engine.prefill_tokens_per_s,
-                step_s=engine.step_s,
-                step_s_per_sequence=engine.step_s_per_sequence,
-                max_num_seqs=engine.max_num_seqs,
-                kv_block_tokens=engine.kv_block_tokens,
-                kv_blocks=engine.kv_blocks,
-                prefix_cache=engine.prefix_cache,
+                **engine.model_dump(exclude={"kind", "max_model_len", "start_up_s"}),
             ),
-            max_waiting=model.max_waiting,
+            max_waiting=settings.max_waiting,
             start_up_s=engine.start_up_s,
         )
     return VllmEngine(
-        VllmSettings(
-            model=folder,
-            served_model_name=model.name,
-            dtype=engine.dtype,
-            max_model_len=engine.max_model_len,
-            tensor_parallel_size=engine.tensor_parallel_size,
-            pipeline_parallel_size=engine.pipeline_parallel_size,
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
-            gpu_memory_utilization=engine.gpu_memory_utilization,
-            kv_cache_gib=engine.kv_cache_gib,
-            enforce_eager=engine.enforce_eager,
-            enable_prefix_caching=engine.enable_prefix_caching,
-            scheduling_policy=engine.scheduling_policy,
-        ),
-        max_waiting=model.max_waiting,
-        stall_timeout_s=model.stall_timeout_s,
+        engine,
+        folder,
+        served_model_name=settings.name,
+        max_waiting=settings.max_waiting,
+        stall_timeout_s=settings.stall_timeout_s,
     )
 
 
@@ -95,13 +77,13 @@ def _find_meter(name: str) -> DeploymentHandle[Any]:
 class EngineDeployment:
     """One replica of a model's engine pool."""
 
-    async def __init__(self, model: dict[str, object], home: str) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, settings: dict[str, object], home: str) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging()
         listen_at_node_address()
         began = time.monotonic()
-        config = ModelConfig.model_validate(model)
-        folder = await asyncio.to_thread(prepare_model, config.source, Path(home), report=log.info)
-        engine = build_engine(config, folder)
+        asked = ReplicaSettings.model_validate(settings)
+        folder = await asyncio.to_thread(prepare_model, asked.source, Path(home), report=log.info)
+        engine = build_engine(asked, folder)
         with log_targets_kept():
             await engine.start()
         self._meters: dict[str, RemoteMeter] = {}

@@ -10,41 +10,20 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import structlog
 
 from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, RepetitionDetection, Sampling
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
+from deployments.engine.settings import VllmSettings
 from deployments.engine.step_times import StepTimes
 
-__all__ = ["VllmEngine", "VllmSettings"]
+__all__ = ["VllmEngine"]
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, kw_only=True)
-class VllmSettings:
-    """What of vLLM's engine arguments Millstream sets; names as in vLLM."""
-
-    model: Path
-    served_model_name: str
-    """Labels vLLM's metrics."""
-    dtype: str
-    max_model_len: int | None
-    tensor_parallel_size: int
-    pipeline_parallel_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int | None
-    gpu_memory_utilization: float
-    kv_cache_gib: int
-    """KV cache on CPU; GPUs use gpu_memory_utilization."""
-    enforce_eager: bool
-    enable_prefix_caching: bool
-    scheduling_policy: Literal["fcfs", "priority"]
 
 
 _MANY_TOKEN_IDS = 512
@@ -70,10 +49,15 @@ _EVERYTHING_ASKED = (
 class VllmEngine:
     """One AsyncLLM with its engine core in child processes."""
 
-    def __init__(self, settings: VllmSettings, *, max_waiting: int, stall_timeout_s: float) -> None:
+    def __init__(
+        self, settings: VllmSettings, model: Path, *, served_model_name: str, max_waiting: int, stall_timeout_s: float
+    ) -> None:
+        """`model`: the prepared folder; `served_model_name` labels vLLM's metrics."""
         self.max_num_seqs = settings.max_num_seqs
         self.step_times = StepTimes()
         self._settings = settings
+        self._model = model
+        self._served_model_name = served_model_name
         self._max_generations = settings.max_num_seqs + max_waiting
         self._stall_timeout_s = stall_timeout_s
         self.on_death: Callable[[], None] = lambda: None
@@ -103,8 +87,8 @@ class VllmEngine:
             # Nor what vLLM compiles beside the model, for log probabilities: a CPU image has no compiler.
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         arguments = AsyncEngineArgs(
-            model=str(settings.model),
-            served_model_name=settings.served_model_name,
+            model=str(self._model),
+            served_model_name=self._served_model_name,
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
             tensor_parallel_size=settings.tensor_parallel_size,

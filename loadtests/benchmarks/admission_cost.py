@@ -22,13 +22,13 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.contracts import AdmissionRequest, Admitted, KeyInfo, pack, unpack
+from deployments.engine.model_source import prepare_model
 from deployments.ingress.deployment import IngressDeployment
 from deployments.meter.admission.model_catalog import Catalogue, MeteredModel
 from deployments.meter.admission.tokenizer_lanes import TokenizerLanes
 from deployments.meter.keys.keys import ensure_admin_key
 from serve_app.applications import ENGINE, INGRESS, GatewayArguments, serve_config
 from serve_app.config import ClusterConfig, load_cluster_config, millstream_home
-from serve_app.model_source import prepare_model
 from serve_app.ray_node import RayNode
 from serve_app.serve_api import ServeApi
 

@@ -22,13 +22,14 @@ from typing import Any, Final, NamedTuple
 
 import httpx
 
+from deployments.engine.model_source import prepare_model
+from deployments.engine.settings import SimulatedEngineSettings
 from deployments.scaling.decision import PoolScaler
 from deployments.scaling.engine_policy import PoolPolicy
 from loadtests.benchmarks.autoscaling_comparison import Row, ServeDefaultPolicy, best_of
 from serve_app.applications import ENGINE, application_name, serve_config
 from serve_app.cli.tables import print_table
-from serve_app.config import ClusterConfig, SimulatedEngineConfig, load_cluster_config, millstream_home
-from serve_app.model_source import prepare_model
+from serve_app.config import ClusterConfig, load_cluster_config, millstream_home
 from serve_app.planning.model_pool import PLATFORM_START_UP_S, pool_settings, scaling_targets
 from serve_app.planning.pool_simulation import PoolSimulation
 from serve_app.planning.workload import PoissonWorkload, RateStage, TokenRange, Workload
@@ -195,7 +196,7 @@ def _row(policy: str, measured: list[Measured]) -> Row:
 
 def _foretold(config: ClusterConfig, seeds: int, platform_start_up_s: float) -> Row:
     model = config.models[0]
-    assert isinstance(model.engine, SimulatedEngineConfig)
+    assert isinstance(model.engine, SimulatedEngineSettings)
     targets = scaling_targets(model)
     measured = []
     for seed in range(seeds):

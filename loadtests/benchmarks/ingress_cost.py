@@ -25,6 +25,7 @@ from starlette.types import Message
 from tokenizers import Tokenizer
 
 from deployments.contracts import Admitted, KeyInfo, PositionLogprobs, TokenDelta
+from deployments.engine.model_source import prepare_model
 from deployments.ingress.api.completions.completion import CompletionInference
 from deployments.ingress.api.completions.dialects import D1, D3, Dialect
 from deployments.ingress.api.completions.response import CompletionResponse
@@ -36,7 +37,6 @@ from deployments.ingress.routing.catalog import CatalogEntry, ServedModel
 from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
 from deployments.logging import configure_logging
 from serve_app.config import millstream_home
-from serve_app.model_source import prepare_model
 
 __all__ = ["Cost", "measure"]
 

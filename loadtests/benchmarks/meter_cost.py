@@ -38,13 +38,13 @@ from deployments.contracts import (
     unpack,
     unpack_admission,
 )
+from deployments.engine.model_source import prepare_model
 from deployments.logging import configure_logging
 from deployments.meter.admission.model_catalog import MeteredModel
 from deployments.meter.keys.keys import ensure_admin_key, key_digest
 from deployments.meter.meter import Meter, MeterSettings
 from deployments.meter.service import MeterService
 from serve_app.config import millstream_home
-from serve_app.model_source import prepare_model
 
 __all__ = ["Rate", "measure"]
 

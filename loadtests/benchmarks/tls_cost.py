@@ -23,12 +23,12 @@ from typing import Final
 import uvloop
 
 from deployments.connections.ticketed_connection import FramedConnection, TicketServer, connected
+from deployments.engine.model_source import prepare_model
 from loadtests.certificates import Authority
 from loadtests.comparison.load import load
 from loadtests.comparison.measure import ONE_CLIENT, Figures, Level, measure
 from loadtests.comparison.systems import System, relaying_millstream
 from serve_app.config import millstream_home
-from serve_app.model_source import prepare_model
 
 _MESSAGES: Final = 5_000
 _MESSAGE_ROUNDS: Final = 7

@@ -23,12 +23,12 @@ from typing import Any, Final
 
 import uvloop
 
+from deployments.engine.model_source import prepare_model
 from loadtests.comparison.load import load
 from loadtests.comparison.measure import ONE_CLIENT, SHORT_REQUESTS, Figures, Level, measure
 from loadtests.comparison.report import machine, write_section
 from loadtests.comparison.systems import MILLSTREAM, System, costless_systems, vllm_systems
 from serve_app.config import millstream_home
-from serve_app.model_source import prepare_model
 
 _ROOT: Final = Path(__file__).parents[2]
 _LEVELS: Final = {

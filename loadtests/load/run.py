@@ -25,10 +25,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from deployments.engine.model_source import prepare_model
 from loadtests.load.report import Report
 from loadtests.load.scenario import ScenarioError, load_scenario, scenario_files
 from serve_app.config import millstream_home
-from serve_app.model_source import prepare_model
 
 _ROOT = Path(__file__).parents[2]
 _FINISH_S = 120

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import yaml
 
+from deployments.engine.settings import SimulatedEngineSettings
 from serve_app.calibration.engine_fit import Fit, fit_decode, fit_prefill
-from serve_app.config import SimulatedEngineConfig
 
 __all__ = ["Calibration", "EngineFacts"]
 
@@ -48,10 +48,10 @@ class Calibration:
         self.decode = fit_decode(_medians(step_s))
         self.prefill = fit_prefill(_medians(first_token_s), self.decode.base_s)
 
-    def engine(self) -> SimulatedEngineConfig:
+    def engine(self) -> SimulatedEngineSettings:
         """Whether it has a prefix cache is not measured."""
         facts, per_token_s = self.facts, self.prefill.per_unit_s
-        return SimulatedEngineConfig(
+        return SimulatedEngineSettings(
             kind="simulated",
             max_model_len=facts.max_model_len,
             prefill_tokens_per_s=_rounded(1 / per_token_s) if per_token_s else None,

@@ -8,8 +8,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from deployments.engine.model_source import check_model_source
 from serve_app.config import ClusterConfig, ConfigError, load_cluster_config
-from serve_app.model_source import check_model_source
 
 __all__ = ["check"]
 

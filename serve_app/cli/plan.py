@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deployments.engine.settings import SimulatedEngineSettings
 from serve_app.cli.database import InputError, told_in_a_line
-from serve_app.config import ClusterConfig, ModelConfig, SimulatedEngineConfig, load_cluster_config
+from serve_app.config import ClusterConfig, ModelConfig, load_cluster_config
 
 if TYPE_CHECKING:
     from serve_app.planning.outcome import Outcome
@@ -143,7 +144,7 @@ def _simulate(
         engine = model.engine if engine_file is None else read_engine(engine_file)
     except EngineFileError as error:
         raise InputError(str(error)) from None
-    if not isinstance(engine, SimulatedEngineConfig):
+    if not isinstance(engine, SimulatedEngineSettings):
         raise InputError(f"{model.name} has a {engine.kind} engine: --engine FILE must tell what it can do")
     settings = pool_settings(
         model,

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from deployments.engine.model_source import model_folder
 from serve_app.cli.database import InputError, told_in_a_line
 from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
-from serve_app.model_source import model_folder
 
 __all__ = ["render"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
+from deployments.engine.model_source import model_folder
 from serve_app.applications import ENGINE, INGRESS, serve_config
 from serve_app.config import ClusterConfig
 from serve_app.kubernetes.groups import (
@@ -28,7 +29,6 @@ from serve_app.kubernetes.pods import (
     worker_template,
 )
 from serve_app.kubernetes.yaml_text import yaml_text
-from serve_app.model_source import model_folder
 from serve_app.ray_node import OBJECT_STORE_BYTES
 
 __all__ = ["placed_serve_config", "ray_service"]

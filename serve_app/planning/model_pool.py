@@ -7,9 +7,10 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from deployments.engine.settings import SimulatedEngineSettings
 from deployments.engine.simulator import SimulatorSettings
 from deployments.scaling.decision import ScalingTargets
-from serve_app.config import ModelConfig, SimulatedEngineConfig
+from serve_app.config import ModelConfig
 from serve_app.planning.pool_simulation import PoolSettings
 
 __all__ = ["PLATFORM_START_UP_S", "EngineFileError", "pool_settings", "read_engine", "scaling_targets"]
@@ -23,7 +24,7 @@ class EngineFileError(Exception):
     """What is wrong with a file of engine parameters, for the person who made it."""
 
 
-def read_engine(file: Path) -> SimulatedEngineConfig:
+def read_engine(file: Path) -> SimulatedEngineSettings:
     """YAML with the keys of a simulated `engine` in cluster.yaml, as `--engine` names it. Raises EngineFileError."""
     try:
         fields = yaml.safe_load(file.read_text("utf-8"))
@@ -34,7 +35,7 @@ def read_engine(file: Path) -> SimulatedEngineConfig:
     if not isinstance(fields, dict):
         raise EngineFileError(f"{file}: expected keys such as prefill_tokens_per_s and step_s")
     try:
-        return SimulatedEngineConfig.model_validate({"kind": "simulated", **fields})
+        return SimulatedEngineSettings.model_validate({"kind": "simulated", **fields})
     except ValidationError as error:
         wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False))
         raise EngineFileError(f"{file}: {'; '.join(wrong)}") from error
@@ -46,7 +47,7 @@ def scaling_targets(model: ModelConfig) -> ScalingTargets:
 
 def pool_settings(
     model: ModelConfig,
-    engine: SimulatedEngineConfig,
+    engine: SimulatedEngineSettings,
     *,
     start_up_s: float | None = None,
     platform_start_up_s: float = PLATFORM_START_UP_S,

@@ -33,10 +33,10 @@ import httpx
 import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.engine.model_source import prepare_model
 from deployments.meter.ledger.database import open_database
 from deployments.meter.ledger.schema import REQUESTS, USAGE_HOURS
 from serve_app.config import millstream_home
-from serve_app.model_source import prepare_model
 from serve_app.ray_node import RayNode
 from serve_app.serve_api import ServeApi
 from tests.conftest import ROOT, RunningCluster, new_home, start_cluster

@@ -34,10 +34,10 @@ import msgspec
 import psutil
 import sqlalchemy as sa
 
+from deployments.engine.model_source import prepare_model
 from deployments.meter.ledger.database import open_database
 from deployments.meter.ledger.schema import REQUESTS
 from serve_app.config import millstream_home
-from serve_app.model_source import prepare_model
 from tests.conftest import ROOT, RunningCluster, new_home, start_cluster
 from tests.faults.harm_sender import Ended, Orders, caller_request_id
 from tests.faults.loop_watch import LoopPause, watched_loops

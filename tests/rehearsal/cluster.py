@@ -15,9 +15,9 @@ from typing import Final
 
 import httpx
 
+from deployments.engine.model_source import prepare_model
 from serve_app.config import millstream_home
 from serve_app.kubernetes.groups import GATEWAY_GROUP, METER_GROUP
-from serve_app.model_source import prepare_model
 from tests.conftest import eventually
 from tests.postgres import postgres_binaries, postgres_server
 from tests.rehearsal.manifests import HEAD_GROUP, Manifests, Secrets

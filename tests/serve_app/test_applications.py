@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.engine.settings import ReplicaSettings
 from deployments.ingress.routing.catalog import CatalogEntry
 from deployments.scaling.engine_policy import PoolPolicy
 from deployments.scaling.scaling_board import DECISION_FILES, DecisionBoard, ShownDecision
 from serve_app.applications import GATEWAY, GatewayArguments, ModelArguments, application_name, serve_config
-from serve_app.config import ClusterConfig, ModelConfig, load_cluster_config
+from serve_app.config import ClusterConfig, load_cluster_config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [ROOT / "cluster.yaml", *sorted(ROOT.glob("loadtests/clusters/*.yaml"))]
@@ -106,8 +107,8 @@ def test_arguments_and_catalog_are_what_their_readers_take(folder: Path) -> None
         for each in catalog
     ]
     for name in ("a", "b"):
-        model = ModelArguments.model_validate(application(described, application_name(name))["args"]).model
-        assert ModelConfig.model_validate(model).name == name
+        of_model = ModelArguments.model_validate(application(described, application_name(name))["args"])
+        assert ReplicaSettings.model_validate(of_model.settings).name == name
 
 
 def test_the_hubs_name_of_a_model_is_told_where_it_is_known(folder: Path) -> None:

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from deployments.engine.settings import SimulatedEngineSettings, VllmSettings
 from serve_app.config import (
     ClusterConfig,
     ConfigError,
     Problem,
-    SimulatedEngineConfig,
-    VllmEngineConfig,
     load_cluster_config,
     millstream_home,
 )
@@ -72,7 +71,7 @@ def test_a_model_is_all_that_must_be_said(load: Load) -> None:
     assert config.meter.database == "sqlite:////state/ledger.db"
     assert config.meter.require_keys
     [model] = config.models
-    assert model.engine == SimulatedEngineConfig(kind="simulated")
+    assert model.engine == SimulatedEngineSettings(kind="simulated")
     assert (model.replicas.min, model.replicas.max) == (1, 1)
     assert (model.price.prompt, model.price.completion) == (0, 0)
 
@@ -94,7 +93,7 @@ def test_the_sketch_of_the_design_is_accepted(load: Load) -> None:
         {"MILLSTREAM_HOME": "/state"},
     )
     assert config.meter.database == "sqlite:////state/ledger.db"
-    assert config.models[0].engine == VllmEngineConfig(kind="vllm", dtype="float32", max_model_len=2048)
+    assert config.models[0].engine == VllmSettings(kind="vllm", dtype="float32", max_model_len=2048)
 
 
 def test_the_configuration_survives_json(load: Load) -> None:
@@ -122,7 +121,7 @@ def test_max_replicas_is_min_replicas_unless_said(load: Load) -> None:
 
 def test_numbers_may_have_an_exponent_without_a_point(load: Load) -> None:
     engine = load(in_model("engine: {kind: simulated, step_s: 1e-3}")).models[0].engine
-    assert isinstance(engine, SimulatedEngineConfig)
+    assert isinstance(engine, SimulatedEngineSettings)
     assert engine.step_s == 0.001
 
 
@@ -131,8 +130,8 @@ def test_anchors_and_merges_work(load: Load) -> None:
         in_model("engine: &engine {kind: simulated, kv_blocks: 200}")
         + "  - {name: n, source: package://p, engine: {<<: *engine, kv_blocks: 300}}\n"
     ).models
-    assert isinstance(first.engine, SimulatedEngineConfig)
-    assert isinstance(second.engine, SimulatedEngineConfig)
+    assert isinstance(first.engine, SimulatedEngineSettings)
+    assert isinstance(second.engine, SimulatedEngineSettings)
     assert (first.engine.kv_blocks, second.engine.kv_blocks) == (200, 300)
 
 

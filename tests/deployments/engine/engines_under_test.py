@@ -11,7 +11,8 @@ import pytest
 
 from deployments.contracts import FinishReason, PositionLogprobs, Sampling
 from deployments.engine.engine import Engine
-from deployments.engine.vllm_engine import VllmEngine, VllmSettings
+from deployments.engine.settings import VllmSettings
+from deployments.engine.vllm_engine import VllmEngine
 
 __all__ = [
     "MAX_MODEL_LEN",
@@ -114,18 +115,14 @@ async def until(condition: Callable[[], bool], engine: Engine) -> None:
 
 def vllm_engine(model: Path, *, stall_timeout_s: float) -> VllmEngine:
     settings = VllmSettings(
-        model=model,
-        served_model_name="smollm2",
+        kind="vllm",
         dtype="float32",
         max_model_len=MAX_MODEL_LEN,
-        tensor_parallel_size=1,
-        pipeline_parallel_size=1,
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-        gpu_memory_utilization=0.9,
-        kv_cache_gib=1,
         enforce_eager=True,
-        enable_prefix_caching=True,
         scheduling_policy="priority",
     )
-    return VllmEngine(settings, max_waiting=MAX_WAITING, stall_timeout_s=stall_timeout_s)
+    return VllmEngine(
+        settings, model, served_model_name="smollm2", max_waiting=MAX_WAITING, stall_timeout_s=stall_timeout_s
+    )

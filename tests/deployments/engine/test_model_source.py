@@ -18,9 +18,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from serve_app import model_source
-from serve_app._gguf_conversion import ORPHANED
-from serve_app.model_source import (
+from deployments.engine import model_source
+from deployments.engine._gguf_conversion import ORPHANED
+from deployments.engine.model_source import (
     GGUF_CONVERSION,
     ModelSourceError,
     check_model_source,
@@ -63,7 +63,7 @@ write("tokenizer.json")
 CALLER = """
 import sys
 from pathlib import Path
-from serve_app.model_source import prepare_model
+from deployments.engine.model_source import prepare_model
 print(prepare_model("package://tiny_model", Path(sys.argv[1]), report=lambda line: print(line, flush=True),
                     conversion=sys.argv[2:]))
 print({"torch", "transformers", "tiny_model"} & set(sys.modules) or "imported nothing")
