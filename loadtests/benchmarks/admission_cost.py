@@ -28,7 +28,8 @@ from deployments.meter.admission.model_catalog import Catalogue, MeteredModel
 from deployments.meter.admission.tokenizer_lanes import TokenizerLanes
 from deployments.meter.keys.keys import ensure_admin_key
 from serve_app.applications import ENGINE, INGRESS, GatewayArguments, serve_config
-from serve_app.config import ClusterConfig, load_cluster_config, millstream_home
+from serve_app.config import ClusterConfig, millstream_home
+from serve_app.config_reading import load_cluster_config
 from serve_app.ray_node import RayNode
 from serve_app.serve_api import ServeApi
 

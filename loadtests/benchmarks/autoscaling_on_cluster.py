@@ -29,7 +29,8 @@ from deployments.scaling.engine_policy import PoolPolicy
 from loadtests.benchmarks.autoscaling_comparison import Row, ServeDefaultPolicy, best_of
 from serve_app.applications import ENGINE, application_name, serve_config
 from serve_app.cli.tables import print_table
-from serve_app.config import ClusterConfig, load_cluster_config, millstream_home
+from serve_app.config import ClusterConfig, millstream_home
+from serve_app.config_reading import load_cluster_config
 from serve_app.planning.model_pool import PLATFORM_START_UP_S, pool_settings, scaling_targets
 from serve_app.planning.pool_simulation import PoolSimulation
 from serve_app.planning.workload import PoissonWorkload, RateStage, TokenRange, Workload

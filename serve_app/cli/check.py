@@ -9,7 +9,8 @@ from typing import Annotated, NamedTuple
 import typer
 
 from deployments.engine.model_source import check_model_source
-from serve_app.config import ClusterConfig, ConfigError, load_cluster_config
+from serve_app.config import ClusterConfig
+from serve_app.config_reading import ConfigError, load_cluster_config
 
 __all__ = ["check"]
 

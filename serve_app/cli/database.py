@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deployments.meter.errors import MeterError
-from serve_app.config import ConfigError, load_cluster_config, millstream_home
+from serve_app.config import millstream_home
+from serve_app.config_reading import ConfigError, load_cluster_config
 from serve_app.running_cluster import ClusterNotFound, database_of_cluster
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import typer
 
 from deployments.engine.settings import SimulatedEngineSettings
 from serve_app.cli.database import InputError, told_in_a_line
-from serve_app.config import ClusterConfig, ModelConfig, load_cluster_config
+from serve_app.config import ClusterConfig, ModelConfig
+from serve_app.config_reading import load_cluster_config
 
 if TYPE_CHECKING:
     from serve_app.planning.outcome import Outcome

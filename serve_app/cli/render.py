@@ -11,7 +11,8 @@ import typer
 
 from deployments.engine.model_source import model_folder
 from serve_app.cli.database import InputError, told_in_a_line
-from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
+from serve_app.config import ClusterConfig, millstream_home
+from serve_app.config_reading import ConfigError, load_cluster_config
 
 __all__ = ["render"]
 

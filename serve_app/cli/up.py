@@ -21,7 +21,8 @@ from deployments.engine.model_source import ModelSourceError, prepare_model
 from deployments.meter.errors import AdminKeyError
 from deployments.meter.keys.keys import ensure_admin_key
 from serve_app.cli.database import told_in_a_line
-from serve_app.config import ClusterConfig, ConfigError, load_cluster_config, millstream_home
+from serve_app.config import ClusterConfig, millstream_home
+from serve_app.config_reading import ConfigError, load_cluster_config
 from serve_app.haproxy_configuration import refusals
 from serve_app.ray_node import RayNode, RayNodeError, processes_of, write_secret
 from serve_app.running_cluster import check_not_in_a_pod

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from deployments.engine.model_source import source_kind
-from serve_app.config import ClusterConfig, ModelConfig, Problem, millstream_home
+from serve_app.config import ClusterConfig, ModelConfig, millstream_home
+from serve_app.config_reading import Problem
 from serve_app.kubernetes.groups import engine_group_name, worker_groups
 from serve_app.kubernetes.pods import HOME, PORTS, secret_name
 

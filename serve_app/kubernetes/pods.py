@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from serve_app.config import ClusterConfig, KubernetesSecrets
+from serve_app.config import ClusterConfig
 from serve_app.kubernetes.groups import WorkerGroup
+from serve_app.kubernetes_config import KubernetesSecrets
 from serve_app.ray_node import client_timeout_s, serve_environment
 from serve_app.running_cluster import DASHBOARD_PORT, POD_CLUSTER, POD_DATABASE, POD_HTTP_PORT
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve_app.config import ClusterConfig, Volume
+from serve_app.config import ClusterConfig
 from serve_app.kubernetes.groups import GATEWAY_GROUP, worker_groups
 from serve_app.kubernetes.pods import GROUP_LABEL, INSTANCE_LABEL
+from serve_app.kubernetes_config import Volume
 
 __all__ = [
     "disruption_budgets",

@@ -15,7 +15,8 @@ from deployments.ingress.routing.catalog import CatalogEntry
 from deployments.scaling.engine_policy import PoolPolicy
 from deployments.scaling.scaling_board import DECISION_FILES, DecisionBoard, ShownDecision
 from serve_app.applications import GATEWAY, GatewayArguments, ModelArguments, application_name, serve_config
-from serve_app.config import ClusterConfig, load_cluster_config
+from serve_app.config import ClusterConfig
+from serve_app.config_reading import load_cluster_config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [ROOT / "cluster.yaml", *sorted(ROOT.glob("loadtests/clusters/*.yaml"))]

@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deployments.engine.settings import SimulatedEngineSettings, VllmSettings
-from serve_app.config import (
-    ClusterConfig,
-    ConfigError,
-    Problem,
-    load_cluster_config,
-    millstream_home,
-)
+from serve_app.config import ClusterConfig, millstream_home
+from serve_app.config_reading import ConfigError, Problem, load_cluster_config
 
 MODEL = """
 models:

@@ -22,7 +22,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.config import ClusterConfig, load_cluster_config
+from serve_app.config import ClusterConfig
+from serve_app.config_reading import load_cluster_config
 from serve_app.kubernetes import as_stream, check_for_kubernetes, render_folder
 from serve_app.kubernetes.yaml_text import yaml_text
 from serve_app.running_cluster import ClusterNotFound, RunningCluster, database_of_cluster, find_cluster

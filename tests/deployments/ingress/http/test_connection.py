@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.ingress.errors import ClientGone, RequestTimeout
 from deployments.ingress.http.connection_middleware import ConnectionMiddleware
 from deployments.ingress.http.direct_writes import CONNECTION
-from serve_app.config import ConfigError, load_cluster_config
+from serve_app.config_reading import ConfigError, load_cluster_config
 from tests.conftest import eventually
 from tests.deployments.ingress.memory_gateway import AUTHORIZED, Exchange, gateway
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, run_in_virtual_time
