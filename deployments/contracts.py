@@ -36,8 +36,8 @@ __all__ = [
     "CreateKey",
     "DurationHistogram",
     "DurationSum",
+    "EngineCommands",
     "EngineLoad",
-    "EngineOrders",
     "EngineStep",
     "FinishReason",
     "GetKey",
@@ -186,14 +186,14 @@ class Submission(msgspec.Struct, frozen=True, omit_defaults=True):
     """The further choices. A resumed generation has none: its tokens are its own."""
 
 
-class EngineOrders(msgspec.Struct, frozen=True, array_like=True):
-    """All that an ingress replica wants of an engine replica since its orders before; carried out in this order."""
+class EngineCommands(msgspec.Struct, frozen=True, array_like=True):
+    """All that an ingress replica wants of an engine replica since the commands before; carried out in this order."""
 
     released: list[str]
     """Requests that are settled: the replica may forget them."""
     submissions: list[msgspec.Raw]
     """Each a packed `Submission`, so that one that cannot be read harms no other. All of them together are bounded
-    (ORDERS_BYTES in deployments/ingress/routing/replica_stream.py), but for one that is larger alone."""
+    (COMMAND_BYTES in deployments/ingress/routing/replica_stream.py), but for one that is larger alone."""
     aborted: list[int]
     """Generations to be stopped; those that are unknown have ended already."""
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import httpx
 import msgspec
 
-from deployments.scaling.placement import misfit
+from deployments.scaling.placement import unschedulable_reason
 from deployments.scaling.scaling_board import DECISION_FILES, ShownDecision
 
 __all__ = ["Application", "Resources", "ServeApi", "ServeApiError", "ServeReplica", "unplaced"]
@@ -150,7 +150,7 @@ def unplaced(application: Application, resources: Resources) -> list[str]:
     for deployment, replicas in application.deployments.items():
         waiting = sum(replica.state == "STARTING" and not replica.node_ip for replica in replicas)
         needs = {name: amount for name, amount in application.needs[deployment].items() if name in ("CPU", "GPU")}
-        if waiting and (reason := misfit(needs, *resources)):
+        if waiting and (reason := unschedulable_reason(needs, *resources)):
             told.append(f"{waiting} of {application.wanted[deployment]} replicas have no place: {reason}")
     return told
 

@@ -1,10 +1,10 @@
-"""The connection between an ingress and an engine replica: step messages one way, orders the other way; both ends.
+"""The connection between an ingress and an engine replica: step messages one way, commands the other way; both ends.
 
 It is opened, and ended, by a call through Serve, which so knows that the replica is in use: its first item is the
 ticket for the connection (ticketed_connection.py).
 
 The ingress sends an empty frame for each message that it has dealt with; only then the next is made. So a receiver that
-is busy gets fewer, larger messages, and nothing queues up between the two. Orders (contracts.EngineOrders) need no
+is busy gets fewer, larger messages, and nothing queues up between the two. Commands (contracts.EngineCommands) need no
 answer of their own: messages tell what became of them, and if the connection breaks, they are lost with all else on it.
 """
 
@@ -35,12 +35,12 @@ class StepServer:
     """Where ingresses connect to an engine replica. For use on one event loop."""
 
     def __init__(
-        self, steps: Callable[[str], AsyncGenerator[bytes, None]], take_orders: Callable[[str, bytes], None]
+        self, steps: Callable[[str], AsyncGenerator[bytes, None]], take_commands: Callable[[str, bytes], None]
     ) -> None:
-        """`steps(stream_id)` opens the stream and yields its messages until it is closed. `take_orders(stream_id,
-        orders)` gets what comes the other way; what it raises ends the stream."""
+        """`steps(stream_id)` opens the stream and yields its messages until it is closed. `take_commands(stream_id,
+        commands)` gets what comes the other way; what it raises ends the stream."""
         self._steps = steps
-        self._take_orders = take_orders
+        self._take_commands = take_commands
         self._tickets = TicketServer()
 
     async def start(self, host: str) -> None:
@@ -49,7 +49,7 @@ class StepServer:
 
     async def line(self, stream_id: str) -> AsyncGenerator[Ticket, None]:
         """Yields the ticket for `stream_id`, and ends with its connection; that ends when this is closed."""
-        sender = _Sender(stream_id, self._steps, self._take_orders)
+        sender = _Sender(stream_id, self._steps, self._take_commands)
         ticket = self._tickets.ticket(sender)
         try:
             yield ticket
@@ -76,14 +76,14 @@ class _Sender(FramedConnection):
         self,
         stream_id: str,
         steps: Callable[[str], AsyncGenerator[bytes, None]],
-        take_orders: Callable[[str, bytes], None],
+        take_commands: Callable[[str, bytes], None],
     ) -> None:
         super().__init__()
         self.connected = asyncio.Event()
         self.ended = asyncio.Event()
         self._stream_id = stream_id
         self._steps = steps
-        self._take_orders = take_orders
+        self._take_commands = take_commands
         self._done = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
 
@@ -98,9 +98,9 @@ class _Sender(FramedConnection):
             self._done.set()
             return
         try:
-            self._take_orders(self._stream_id, frame)
+            self._take_commands(self._stream_id, frame)
         except Exception:
-            log.exception("orders not taken", stream=self._stream_id)
+            log.exception("commands not taken", stream=self._stream_id)
             self.end()
 
     def connection_lost(self, _error: Exception | None) -> None:

@@ -23,7 +23,7 @@ from deployments.connections.step_connection import StepServer
 from deployments.contracts import Settlement, pack
 from deployments.engine.engine import Engine
 from deployments.engine.model_source import prepare_model
-from deployments.engine.orphans import Orphanage
+from deployments.engine.orphans import OrphanedRequests
 from deployments.engine.replica import EngineReplica
 from deployments.engine.settings import ReplicaSettings, SimulatedEngineSettings
 from deployments.engine.simulated_engine import SimulatedEngine, vocabulary_of
@@ -91,8 +91,8 @@ class EngineDeployment:
         self._outbox = SettlementOutbox(Path(home) / "outbox", replica_id, self._settle)
         await self._outbox.start()
         start_up_s = time.monotonic() - began
-        self._replica = EngineReplica(engine, Orphanage(self._outbox), start_up_s=start_up_s)
-        self._step_server = StepServer(self._replica.steps, self._replica.take_orders)
+        self._replica = EngineReplica(engine, OrphanedRequests(self._outbox), start_up_s=start_up_s)
+        self._step_server = StepServer(self._replica.steps, self._replica.take_commands)
         await self._step_server.start(get_node_ip_address())
 
     async def _settle(self, meter: str, settlements: list[Settlement]) -> None:

@@ -19,7 +19,7 @@ import structlog
 
 from deployments.contracts import Account, Settlement, Submission
 
-__all__ = ["GRACE_S", "Orphanage", "Outbox", "Tab", "Tabs"]
+__all__ = ["GRACE_S", "OrphanedRequests", "Outbox", "Tab", "Tabs"]
 
 log = structlog.get_logger()
 
@@ -113,7 +113,7 @@ class Outbox(Protocol):
     def withdraw(self, request_ids: Iterable[str]) -> None: ...
 
 
-class Orphanage:
+class OrphanedRequests:
     """The tabs of streams that have ended, until their ingress is back or given up. For use on one event loop."""
 
     def __init__(self, outbox: Outbox, *, grace_s: float = GRACE_S) -> None:

@@ -1,4 +1,4 @@
-"""One engine and the step streams it feeds: orders in, step messages out. Free of Ray.
+"""One engine and the step streams it feeds: commands in, step messages out. Free of Ray.
 
 One step stream per ingress replica carries the tokens of all its generations here (see step_outbox.py). A stream owns
 its generations: when it ends, for whatever reason, they are aborted, so that an ingress that dies leaves no work
@@ -20,8 +20,8 @@ import msgspec
 import structlog
 
 from deployments.contracts import (
+    EngineCommands,
     EngineLoad,
-    EngineOrders,
     FinishReason,
     PositionLogprobs,
     Sampling,
@@ -33,7 +33,7 @@ from deployments.contracts import (
 )
 from deployments.engine.demand import ReplicaDemand
 from deployments.engine.engine import Engine, EngineQueueFull, EngineUnhealthy
-from deployments.engine.orphans import Orphanage, Tabs
+from deployments.engine.orphans import OrphanedRequests, Tabs
 from deployments.engine.step_outbox import StepOutbox
 from deployments.scaling.decision import ReplicaSignals
 
@@ -80,7 +80,7 @@ class _Arrival(NamedTuple):
 class EngineReplica:
     """Feeds one step stream per ingress replica from one engine."""
 
-    def __init__(self, engine: Engine, orphanage: Orphanage, *, start_up_s: float = 0.0) -> None:
+    def __init__(self, engine: Engine, orphanage: OrphanedRequests, *, start_up_s: float = 0.0) -> None:
         """`start_up_s`: how long it took until the engine could be used."""
         self._engine = engine
         self._orphanage = orphanage
@@ -149,17 +149,17 @@ class EngineReplica:
             self._orphanage.take(ingress, stream.tabs)
             log.info("step stream closed", stream=stream_id, aborted=len(stream.keys))
 
-    def take_orders(self, stream_id: str, orders: bytes) -> None:
-        """Carry out packed `EngineOrders` that came with the stream `stream_id`; ignored when that has ended. Raises
+    def take_commands(self, stream_id: str, commands: bytes) -> None:
+        """Carry out packed `EngineCommands` that came with the stream `stream_id`; ignored when that has ended. Raises
         msgspec.DecodeError."""
         stream = self._streams.get(stream_id)
         if stream is None:
             return
-        order = unpack(orders, EngineOrders)
-        stream.tabs.release(order.released)
-        for packed in order.submissions:
+        asked = unpack(commands, EngineCommands)
+        stream.tabs.release(asked.released)
+        for packed in asked.submissions:
             self._queue(stream, packed)
-        for generation in order.aborted:
+        for generation in asked.aborted:
             self._abort(stream, generation)
         self._hand_over_on()
 

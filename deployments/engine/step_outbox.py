@@ -24,7 +24,7 @@ deployments/ingress/routing/replica_stream.py."""
 
 
 class StepOutbox:
-    """News for one ingress replica, at most one message's worth.
+    """GenerationEvent for one ingress replica, at most one message's worth.
 
     Bounded by construction: it holds at most the tokens that the stream's live generations may still produce.
     """

@@ -14,7 +14,7 @@ from deployments.connections._serve_listener import listen_at_node_address
 from deployments.contracts import IngressCounters, pack
 from deployments.engine.replica_directory import watch_replicas
 from deployments.ingress.app import IngressSettings, build_app
-from deployments.ingress.inference.write_rounds import WriteRounds
+from deployments.ingress.inference.write_scheduler import WriteScheduler
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.metrics import ResponseCounts, ingress_counters
 from deployments.ingress.routing.catalog import Catalog, CatalogEntry
@@ -55,7 +55,7 @@ class _Ingress:
             outbox_folder=Path(home) / "outbox",
             admission_timeout_s=admission_timeout_s,
         )
-        self._rounds = WriteRounds()
+        self._rounds = WriteScheduler()
         self._catalog = Catalog(self._pools.existing, self._open_pool, self._pools.forget_others)
         self._settings = IngressSettings(
             request_body_limit_bytes,

@@ -81,8 +81,7 @@ class MeterClient:
     async def start(self) -> None:
         await self._outbox.start()
         self._renewals = [
-            asyncio.create_task(self._renew_for_ever(meter), name=f"renew-{name}")
-            for name, meter in self._meters.items()
+            asyncio.create_task(self._renew_loop(meter), name=f"renew-{name}") for name, meter in self._meters.items()
         ]
 
     @property
@@ -216,7 +215,7 @@ class MeterClient:
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, _RETRY_MAX_S)
 
-    async def _renew_for_ever(self, meter: MeterTransport) -> None:
+    async def _renew_loop(self, meter: MeterTransport) -> None:
         while True:
             try:
                 async with asyncio.timeout(_RENEW_S):

@@ -33,7 +33,7 @@ from deployments.contracts import (
     UsageRow,
 )
 from deployments.meter.admission.admission import Admission
-from deployments.meter.admission.model_catalog import Catalogue, MeteredModel
+from deployments.meter.admission.model_catalog import MeteredModel, ModelCatalog
 from deployments.meter.admission.tokenizer_lanes import TokenizerLanes
 from deployments.meter.counters import Counters
 from deployments.meter.errors import LedgerUnavailable, MeterError
@@ -44,7 +44,7 @@ from deployments.meter.ledger.database import open_database
 from deployments.meter.ledger.ledger import Ledger
 from deployments.meter.ledger.refusal_rows import RefusalRows
 from deployments.meter.ledger.spool import Spool
-from deployments.meter.limits.limit_book import LimitBook
+from deployments.meter.limits.limit_registry import LimitRegistry
 from deployments.meter.limits.limits import LimitDemand
 from deployments.meter.limits.reservation_journal import ReservationJournal
 from deployments.meter.limits.reservations import Reservation, Reservations, demand_of
@@ -116,12 +116,12 @@ class Meter:
         self._tokenizer_lanes = TokenizerLanes(
             threads=settings.tokenizer_threads, max_waiting=settings.max_waiting_prompts
         )
-        self._catalogue = Catalogue(self._tokenizer_lanes)
-        self._book = LimitBook(self._ledger, self._clock)
+        self._catalog = ModelCatalog(self._tokenizer_lanes)
+        self._registry = LimitRegistry(self._ledger, self._clock)
         self._reservations = Reservations(
             self._journal, capacity=settings.max_reservations, lost_after_s=settings.lost_after_s
         )
-        self._admission = Admission(self._keys, self._catalogue, self._book, self._reservations, self._clock)
+        self._admission = Admission(self._keys, self._catalog, self._registry, self._reservations, self._clock)
         self._refusal_rows = RefusalRows(self._ledger) if settings.record_refusals else None
         self._unjournaled: list[asyncio.Future[None]] = []
         """Who waits until what this turn of the event loop has decided is in the journal."""
@@ -142,11 +142,11 @@ class Meter:
         except (MeterError, TimeoutError) as error:
             log.warning("database away at the start", reason=str(error))
         await self._keys.start()
-        self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="meter-sweeper")
+        self._sweeper = asyncio.create_task(self._sweep_loop(), name="meter-sweeper")
 
     def set_models(self, models: Iterable[MeteredModel]) -> None:
         """Admits requests for exactly these models from now on. Requests that are being admitted go on."""
-        self._catalogue.set_models(models)
+        self._catalog.set_models(models)
 
     async def authenticate(self, digest: bytes) -> KeyInfo | None:
         """Whose key has this SHA-256; None for nobody's. Raises LedgerUnavailable when that cannot be told."""
@@ -174,12 +174,12 @@ class Meter:
     async def settle(self, settlements: list[Settlement]) -> None:
         """Returns once all are durable in the ledger; then their reservations are gone. Raises as Ledger.record."""
         began_s = time.perf_counter()
-        async with self._book.recording():
+        async with self._registry.recording():
             await self._ledger.record(settlements)
             now = self._clock()
             for settlement in settlements:
                 if not self._reservations.settle(settlement, now):
-                    self._book.recount(settlement.account.key_id, settlement.account.team)
+                    self._registry.recount(settlement.account.key_id, settlement.account.team)
         self._reservations.flush(now)
         self._counters.settled(time.perf_counter() - began_s)
 
@@ -201,10 +201,10 @@ class Meter:
     async def sweep(self) -> None:
         """Settles what is lost, and forgets what need not be known. The meter does it itself from time to time."""
         now = self._clock()
-        self._book.forget_idle(now)
-        async with self._book.recording():
+        self._registry.forget_idle(now)
+        async with self._registry.recording():
             for reservation in self._reservations.abandoned(now):
-                self._book.recount(reservation.account.key_id, reservation.account.team)
+                self._registry.recount(reservation.account.key_id, reservation.account.team)
         self._reservations.flush(now)
         if lost := self._reservations.lost(now):
             await self.settle([Settlement.unused(reservation.account, "lost", now) for reservation in lost])
@@ -246,7 +246,7 @@ class Meter:
             self._sweeper.cancel()
             await asyncio.wait({self._sweeper})
         self._tokenizer_lanes.close()
-        await self._book.close()
+        await self._registry.close()
         await self._keys.close()
         if self._refusal_rows is not None:
             await self._refusal_rows.close()
@@ -300,14 +300,14 @@ class Meter:
             account = left.account
             # A clock that was set back must not make room later than a minute from now.
             admitted_at = min(account.admitted_at or now, now)
-            states = self._book.states(account.key_id, account.team)
-            holds = tuple([state.take(admitted_at, demand_of(account)) for state in states])
+            states = self._registry.states(account.key_id, account.team)
+            charges = tuple([state.take(admitted_at, demand_of(account)) for state in states])
             if left.used_tokens is None:
-                self._reservations.restore(Reservation(account, left.ingress_id, holds), now)
+                self._reservations.restore(Reservation(account, left.ingress_id, charges), now)
                 unchecked.append(account.request_id)
             else:
-                for hold in holds:
-                    hold.close(LimitDemand(left.used_tokens, 0.0), account.started_at, admitted=left.admitted)
+                for charge in charges:
+                    charge.close(LimitDemand(left.used_tokens, 0.0), account.started_at, admitted=left.admitted)
         if unchecked:
             log.info("open reservations taken up", count=len(unchecked))
         return unchecked
@@ -315,15 +315,15 @@ class Meter:
     async def _catch_up(self, unchecked: list[str]) -> None:
         """Ends what an earlier process has recorded and not journaled. The first use of the database, which prepares
         it. Raises LedgerUnavailable."""
-        async with self._book.recording():
+        async with self._registry.recording():
             recorded = await self._ledger.known(unchecked)
             for reservation in self._reservations.close_recorded(recorded):
-                self._book.recount(reservation.account.key_id, reservation.account.team)
+                self._registry.recount(reservation.account.key_id, reservation.account.team)
         self._reservations.flush(self._clock())
         if not self._ledger.spooled:
             self._unchecked = None
 
-    async def _sweep_for_ever(self) -> None:
+    async def _sweep_loop(self) -> None:
         while True:
             await asyncio.sleep(min(_SWEEP_S, self._settings.lost_after_s / 4))
             try:

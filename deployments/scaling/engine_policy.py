@@ -21,7 +21,7 @@ from deployments.scaling.decision import (
     ReplicaSignals,
     ScalingTargets,
 )
-from deployments.scaling.placement import misfit
+from deployments.scaling.placement import unschedulable_reason
 from deployments.scaling.scaling_board import DecisionBoard, ShownDecision, demand_of, log_folder
 
 __all__ = ["DecisionLog", "PacedPolicy", "PoolPolicy", "latest_values"]
@@ -149,7 +149,7 @@ class PoolPolicy(PacedPolicy):
                 name: sum(node.get(name, 0.0) for node in nodes) - (target - 1) * amount
                 for name, amount in self._needs.items()
             }
-            reason = misfit(self._needs, nodes, free)
+            reason = unschedulable_reason(self._needs, nodes, free)
             told = reason and f"{target - running} of {target} replicas are not up: {reason}"
             if told and told != self._no_place:
                 _log.warning("No place for replicas of %s: %s", self._model, told)

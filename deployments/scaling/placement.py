@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["misfit"]
+__all__ = ["unschedulable_reason"]
 
 
-def misfit(needs: Mapping[str, float], nodes: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> str | None:
+def unschedulable_reason(
+    needs: Mapping[str, float], nodes: Sequence[Mapping[str, float]], free: Mapping[str, float]
+) -> str | None:
     """None if a replica that reserves `needs` has a place as far as can be told.
 
     Amounts by Ray's name of the resource, such as CPU, GPU or `accelerator_type:H100`: of each of the `nodes` in all,

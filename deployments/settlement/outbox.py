@@ -96,7 +96,7 @@ class SettlementOutbox:
     # --- in the order in which they happen --------------------------------------------------------------------------
 
     async def start(self) -> None:
-        self._adopter = asyncio.create_task(self._adopt_for_ever(), name="settlements-adopter")
+        self._adopter = asyncio.create_task(self._adopt_loop(), name="settlements-adopter")
 
     def put(self, meter: str, settlement: Settlement, acknowledged: Callable[[], None] | None = None) -> None:
         """Never waits and never fails: from now on the settlement will be recorded, even if this process is killed,
@@ -239,7 +239,7 @@ class SettlementOutbox:
 
     # --- adoption ---------------------------------------------------------------------------------------------------
 
-    async def _adopt_for_ever(self) -> None:
+    async def _adopt_loop(self) -> None:
         while True:
             try:
                 await self.adopt()

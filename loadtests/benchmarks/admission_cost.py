@@ -24,7 +24,7 @@ from ray.serve import Application
 from deployments.contracts import AdmissionRequest, Admitted, KeyInfo, pack, unpack
 from deployments.engine.model_source import prepare_model
 from deployments.ingress.deployment import IngressDeployment
-from deployments.meter.admission.model_catalog import Catalogue, MeteredModel
+from deployments.meter.admission.model_catalog import MeteredModel, ModelCatalog
 from deployments.meter.admission.tokenizer_lanes import TokenizerLanes
 from deployments.meter.keys.keys import ensure_admin_key
 from serve_app.applications import ENGINE, INGRESS, GatewayArguments, serve_config
@@ -47,17 +47,17 @@ class LocalMeter:
 
     def __init__(self, models: list[MeteredModel]) -> None:
         self._models = models
-        self._catalogue: Catalogue | None = None
+        self._catalog: ModelCatalog | None = None
 
     async def authenticate(self, _digest: bytes) -> bytes:
         return pack(KeyInfo("local", "local", admin=True))
 
     async def admit(self, request: bytes) -> bytes:
-        if self._catalogue is None:
-            self._catalogue = Catalogue(TokenizerLanes(threads=2, max_waiting=256))
-            self._catalogue.set_models(self._models)
+        if self._catalog is None:
+            self._catalog = ModelCatalog(TokenizerLanes(threads=2, max_waiting=256))
+            self._catalog.set_models(self._models)
         asked = unpack(request, AdmissionRequest)
-        entry = self._catalogue.find(asked.model)
+        entry = self._catalog.find(asked.model)
         assert entry is not None
         return pack(Admitted(await entry.tokenizer.encode(asked.prompts)))
 

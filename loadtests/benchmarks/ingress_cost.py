@@ -31,7 +31,7 @@ from deployments.ingress.api.completions.dialects import D1, D3, Dialect
 from deployments.ingress.api.completions.response import CompletionResponse
 from deployments.ingress.constraints.checker import ConstraintChecker
 from deployments.ingress.inference.generation import Generation
-from deployments.ingress.inference.write_rounds import WriteRounds
+from deployments.ingress.inference.write_scheduler import WriteScheduler
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.routing.catalog import CatalogEntry, ServedModel
 from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
@@ -75,7 +75,9 @@ class _Pool(EnginePool):
     """Delivers `token_ids` to whatever starts, one by one, each when the event loop comes round."""
 
     def __init__(self, token_ids: list[int], *, logprobs: int | None) -> None:
-        super().__init__("model", _unreachable, ingress_id="i", limits=_LIMITS, rounds=WriteRounds(), note=_unreachable)
+        super().__init__(
+            "model", _unreachable, ingress_id="i", limits=_LIMITS, rounds=WriteScheduler(), note=_unreachable
+        )
         self._token_ids = token_ids
         self._logprobs = logprobs
 

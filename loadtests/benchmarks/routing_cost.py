@@ -20,8 +20,8 @@ import structlog
 
 from deployments.contracts import (
     Account,
+    EngineCommands,
     EngineLoad,
-    EngineOrders,
     EngineStep,
     Sampling,
     Settlement,
@@ -30,8 +30,8 @@ from deployments.contracts import (
     pack,
     unpack,
 )
-from deployments.ingress.inference.generation import Generation, Mailbox
-from deployments.ingress.inference.write_rounds import WriteRounds
+from deployments.ingress.inference.generation import DeltaQueue, Generation
+from deployments.ingress.inference.write_scheduler import WriteScheduler
 from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
 
 _REPLICAS: Final = (4, 64, 512)
@@ -55,7 +55,7 @@ class _Replica:
         return pack(await self._steps.get())
 
     def send(self, orders: bytes) -> None:
-        submissions = [unpack(each, Submission) for each in unpack(orders, EngineOrders).submissions]
+        submissions = [unpack(each, Submission) for each in unpack(orders, EngineCommands).submissions]
         if submissions:
             deltas = [TokenDelta(each.generation, [7], "length") for each in submissions]
             self._sequence += 1
@@ -72,7 +72,7 @@ async def _measure(number: int, requests: int) -> tuple[float, float]:
     """CPU seconds a request, and the share of requests of the busiest replica against the mean."""
     replicas = {f"r{index}": _Replica() for index in range(number)}
     limits = PoolLimits(hold_timeout_s=10.0, resume_timeout_s=10.0, drain_timeout_s=1.0, max_held=1000)
-    rounds = WriteRounds()
+    rounds = WriteScheduler()
     pool = EnginePool("m", replicas.__getitem__, ingress_id="i", limits=limits, rounds=rounds, note=_unneeded)
     pool.replicas_changed(frozenset(replicas))
     while sum(card["in_rotation"] for card in pool.cards()) < number:  # noqa: ASYNC110  # it depends on this loop alone
@@ -82,7 +82,7 @@ async def _measure(number: int, requests: int) -> tuple[float, float]:
     async def client() -> None:
         for index in numbers:
             account = Account(f"cmpl-{index}", key_id="key", model="m", prompt_tokens=3, choices=1)
-            mailbox = Mailbox(rounds)
+            mailbox = DeltaQueue(rounds)
             pool.start([Generation(account, "Meter", 0, [1, 2, 3], Sampling(max_tokens=1), mailbox)])
             await mailbox.take()
             pool.release(account.request_id)

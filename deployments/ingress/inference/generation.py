@@ -14,12 +14,12 @@ import msgspec
 
 from deployments.contracts import Account, PositionLogprobs, Sampling, Sibling, Submission, TokenDelta
 from deployments.ingress.errors import ApiError
-from deployments.ingress.inference.write_rounds import WriteRounds
+from deployments.ingress.inference.write_scheduler import WriteScheduler
 
-__all__ = ["Generation", "GenerationStream", "Mailbox", "News", "Placement"]
+__all__ = ["DeltaQueue", "Generation", "GenerationEvent", "GenerationStream", "Placement"]
 
 
-class News(NamedTuple):
+class GenerationEvent(NamedTuple):
     """What a generation gained, or the error with which it ended."""
 
     candidate: int
@@ -45,18 +45,18 @@ class Placement(NamedTuple):
     """Its name on the stream."""
 
 
-class Mailbox:
+class DeltaQueue:
     """Where all generations of one request deliver; its reader wakes once a round for everything that came before.
 
     Bounded by the tokens the request may generate.
     """
 
-    def __init__(self, rounds: WriteRounds) -> None:
+    def __init__(self, rounds: WriteScheduler) -> None:
         self._rounds = rounds
-        self._news: list[News] = []
+        self._news: list[GenerationEvent] = []
         self._arrived = asyncio.Event()
 
-    def put(self, news: News) -> None:
+    def put(self, news: GenerationEvent) -> None:
         if not self._news:
             self._rounds.join(self._arrived.set)
         self._news.append(news)
@@ -65,7 +65,7 @@ class Mailbox:
         """Make `take` return now, with nothing if nothing has arrived."""
         self._arrived.set()
 
-    async def take(self) -> list[News]:
+    async def take(self) -> list[GenerationEvent]:
         """Everything since the last call in order of arrival; empty only around a `wake`."""
         await self._arrived.wait()
         self._arrived.clear()
@@ -77,7 +77,7 @@ class Generation:
     """The state that survives a replica. Those of one request have the same sampling, but for its seed."""
 
     def __init__(
-        self, account: Account, meter: str, candidate: int, prompt: list[int], sampling: Sampling, mailbox: Mailbox
+        self, account: Account, meter: str, candidate: int, prompt: list[int], sampling: Sampling, mailbox: DeltaQueue
     ) -> None:
         """`meter` is Serve's name of the meter that accounts for it."""
         self.account = account
@@ -97,7 +97,7 @@ class Generation:
         self.placement: Placement | None = None
         self.refused_by: set[GenerationStream] = set()
         """Replicas whose queues had no room for it."""
-        self._mailbox = mailbox
+        self._deltas = mailbox
         self._tokens_placed = 0
         self._prompt_logprobs: list[PositionLogprobs | None] = []
         """Parts of them, before the first delta with tokens."""
@@ -164,7 +164,7 @@ class Generation:
             self.tokens += delta.token_ids
         if delta.finish_reason is not None:
             self.ended = True
-        self._mailbox.put(News(self.candidate, delta))
+        self._deltas.put(GenerationEvent(self.candidate, delta))
 
     def refused(self, stream: GenerationStream) -> None:
         """The replica has no room; the generation is about to be placed on another."""
@@ -181,4 +181,4 @@ class Generation:
     def fail(self, error: ApiError) -> None:
         if not self.ended:
             self.ended = True
-            self._mailbox.put(News(self.candidate, None, error))
+            self._deltas.put(GenerationEvent(self.candidate, None, error))

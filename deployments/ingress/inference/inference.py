@@ -36,7 +36,7 @@ from deployments.ingress.errors import (
     OutputNotConforming,
     ServiceUnavailable,
 )
-from deployments.ingress.inference.generation import Generation, Mailbox, News
+from deployments.ingress.inference.generation import DeltaQueue, Generation, GenerationEvent
 from deployments.ingress.inference.model import Model
 from deployments.ingress.inference.request import InferenceRequest
 from deployments.ingress.inference.text_stream import TextDelta, TextStream
@@ -120,8 +120,8 @@ class Inference(ABC, Generic[D]):
         self._first_token_s: float | None = None
         self._token_at = 0.0
         """When the last ones came, by `time.perf_counter`."""
-        self._mailbox = Mailbox(model.pool.rounds)
-        self._left: list[News] = []
+        self._deltas = DeltaQueue(model.pool.rounds)
+        self._left: list[GenerationEvent] = []
         """Taken out of it, for the next turns of the event loop."""
         self._settled = False
         self._running = 0
@@ -207,7 +207,7 @@ class Inference(ABC, Generic[D]):
                     turn_ends = time.perf_counter() + _TURN_S
                 sampling = asked.of_candidate(number, self._grammar)
                 place = len(self.candidates)
-                generation = Generation(account, meter, place, prompt, sampling, self._mailbox)
+                generation = Generation(account, meter, place, prompt, sampling, self._deltas)
                 text = TextStream(self._model.tokenizer, prompt, asked.text)
                 self.candidates.append(Candidate(generation, text))
         self._running = len(self.candidates)
@@ -220,7 +220,7 @@ class Inference(ABC, Generic[D]):
     def client_gone(self) -> None:
         """Wakes `deltas`, which raises ClientGone."""
         self._gone = True
-        self._mailbox.wake()
+        self._deltas.wake()
 
     @property
     def awaits_cold_start(self) -> bool:
@@ -229,7 +229,7 @@ class Inference(ABC, Generic[D]):
 
     def wake(self) -> None:
         """Makes `deltas` return, empty if need be, so that its caller can write a keep-alive."""
-        self._mailbox.wake()
+        self._deltas.wake()
 
     async def deltas(self) -> list[D]:
         """What the candidates, by number, gained since the last call. Raises ClientGone, and ApiError when one has
@@ -238,7 +238,7 @@ class Inference(ABC, Generic[D]):
             self._left = []
             await asyncio.sleep(0)
         else:
-            news = await self._mailbox.take()
+            news = await self._deltas.take()
         if self._gone:
             raise ClientGone
         deltas: list[D] = []

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from deployments.ingress.inference.generation import Generation
 from deployments.ingress.inference.token_texts import TokenTexts
-from deployments.ingress.inference.write_rounds import WriteRounds
+from deployments.ingress.inference.write_scheduler import WriteScheduler
 
 __all__ = ["Model", "ModelEntry", "Pool"]
 
@@ -18,7 +18,7 @@ __all__ = ["Model", "ModelEntry", "Pool"]
 class Pool(Protocol):
     """The engine replicas of one model."""
 
-    rounds: WriteRounds
+    rounds: WriteScheduler
 
     @property
     def cold(self) -> bool: ...

@@ -117,7 +117,7 @@ class Catalog:
 
     async def start(self) -> None:
         self._tasks = [
-            asyncio.create_task(self._refresh_for_ever(), name="catalog"),
+            asyncio.create_task(self._refresh_loop(), name="catalog"),
             asyncio.create_task(self._watch_for_silence(), name="silence"),
         ]
 
@@ -194,7 +194,7 @@ class Catalog:
         self._retired = [(application, pool) for application, pool in self._retired if not pool.empty]
         return [*(model.pool for model in self._served.values()), *(pool for _, pool in self._retired)]
 
-    async def _refresh_for_ever(self) -> None:
+    async def _refresh_loop(self) -> None:
         while True:
             await asyncio.sleep(_REFRESH_S)
             try:

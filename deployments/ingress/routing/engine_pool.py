@@ -23,7 +23,7 @@ from deployments.contracts import DurationHistogram, PoolCounters, Settlement
 from deployments.engine.orphans import Tab
 from deployments.ingress.errors import GivenUp, ModelNotReady, NotResumable, Overloaded
 from deployments.ingress.inference.generation import Generation, GenerationStream
-from deployments.ingress.inference.write_rounds import WriteRounds
+from deployments.ingress.inference.write_scheduler import WriteScheduler
 from deployments.ingress.routing.replica_stream import ReplicaStream, ReplicaTransport
 from deployments.scaling.ingress_demand import ModelDemand
 
@@ -82,7 +82,7 @@ class EnginePool:
         *,
         ingress_id: str,
         limits: PoolLimits,
-        rounds: WriteRounds,
+        rounds: WriteScheduler,
         note: Callable[[str, Settlement], None],
     ) -> None:
         """`rounds` are those of the process. `note(meter, settlement)` keeps what a request has used on replicas that

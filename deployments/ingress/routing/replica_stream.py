@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from deployments.contracts import EngineLoad, EngineOrders, EngineStep, Sibling, pack, unpack
+from deployments.contracts import EngineCommands, EngineLoad, EngineStep, Sibling, pack, unpack
 from deployments.ingress.errors import InternalError
 from deployments.ingress.inference.generation import Generation, Placement
 
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 SILENCE_LIMIT_S = 3.0
 """A replica that sends nothing for so long is lost; heartbeats come every HEARTBEAT_S of
 deployments/engine/step_outbox.py."""
-ORDERS_BYTES = 2**20
+COMMAND_BYTES = 2**20
 """Submissions that travel in one frame, at most: a replica reads a frame in one turn of its event loop."""
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 4.0
 _CONNECTIONS = count(1)
@@ -46,8 +46,8 @@ class ReplicaLine(Protocol):
         """The next packed `EngineStep`, None when the replica has ended the stream; the one before is dealt with.
         Raises ReplicaLost."""
 
-    def send(self, orders: bytes) -> None:
-        """Packed `EngineOrders`. Never waits; lost if the stream breaks."""
+    def send(self, commands: bytes) -> None:
+        """Packed `EngineCommands`. Never waits; lost if the stream breaks."""
 
 
 class ReplicaTransport(Protocol):
@@ -91,9 +91,9 @@ class ReplicaStream:
         self._submissions: list[msgspec.Raw] = []
         self._aborted: list[int] = []
         self._released: list[str] = []
-        """These three make the next orders. Settled requests alone are no reason to send any."""
+        """These three make the next commands. Settled requests alone are no reason to send any."""
         self._sending = False
-        """Orders are about to be sent."""
+        """Commands are about to be sent."""
         self._retry_s = _RETRY_FIRST_S
         self._on_live = on_live
         self._on_lost = on_lost
@@ -197,8 +197,8 @@ class ReplicaStream:
             return  # the stream was lost meanwhile
         *first, last = _in_frames(self._submissions)
         for submissions in first:
-            self._line.send(pack(EngineOrders([], submissions, [])))
-        self._line.send(pack(EngineOrders(self._released, last, self._aborted)))
+            self._line.send(pack(EngineCommands([], submissions, [])))
+        self._line.send(pack(EngineCommands(self._released, last, self._aborted)))
         self._released, self._submissions, self._aborted = [], [], []
 
     async def _read(self) -> None:
@@ -224,7 +224,7 @@ class ReplicaStream:
                     self._retry_s = _RETRY_FIRST_S
                     log.info("replica in rotation", replica=self._name)
                     self._on_live()
-                if self._released and not step.deltas:  # there is time, and no orders may come to carry them
+                if self._released and not step.deltas:  # there is time, and no commands may come to carry them
                     self._send_soon()
                 message = await line.receive()
 
@@ -286,8 +286,8 @@ class ReplicaStream:
             log.info("replica out of rotation", replica=self._name, reason=reason, moving=len(self.generations))
         self.load = EngineLoad()
         self._line = None
-        for orders in (self._unheard, self._released, self._submissions, self._aborted):
-            orders.clear()
+        for commands in (self._unheard, self._released, self._submissions, self._aborted):
+            commands.clear()
         self._emptied.set()
         lost = list(self.generations.values())
         self.generations.clear()
@@ -313,12 +313,12 @@ def _by_prompt(generations: list[Generation]) -> list[list[Generation]]:
 
 
 def _in_frames(submissions: list[msgspec.Raw]) -> list[list[msgspec.Raw]]:
-    """In order, each within ORDERS_BYTES unless it is a single one; at least one, be it empty."""
+    """In order, each within COMMAND_BYTES unless it is a single one; at least one, be it empty."""
     frames: list[list[msgspec.Raw]] = [[]]
     size = 0
     for submission in submissions:
         bytes_ = len(memoryview(submission))
-        if frames[-1] and size + bytes_ > ORDERS_BYTES:
+        if frames[-1] and size + bytes_ > COMMAND_BYTES:
             frames.append([])
             size = 0
         frames[-1].append(submission)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from deployments.contracts import Account, AdmissionRefused, AdmissionRequest, Admitted, Limits, owner_of
-from deployments.meter.admission.model_catalog import Catalogue, MeteredModel
+from deployments.meter.admission.model_catalog import MeteredModel, ModelCatalog
 from deployments.meter.admission.prompts import encode_prompts
 from deployments.meter.keys.key_directory import KeyDirectory, KeyState
-from deployments.meter.limits.limit_book import LimitBook
+from deployments.meter.limits.limit_registry import LimitRegistry
 from deployments.meter.limits.limits import LimitState, Refusal, check, rate_limits
 from deployments.meter.limits.reservations import Reservation, Reservations, demand_of
 
@@ -41,14 +41,14 @@ class Admission:
     def __init__(
         self,
         keys: KeyDirectory,
-        catalogue: Catalogue,
-        book: LimitBook,
+        catalog: ModelCatalog,
+        book: LimitRegistry,
         reservations: Reservations,
         clock: Callable[[], float],
     ) -> None:
         self._keys = keys
-        self._catalogue = catalogue
-        self._book = book
+        self._catalog = catalog
+        self._registry = book
         self._reservations = reservations
         self._clock = clock
         self._undecided: dict[str, _Undecided] = {}
@@ -73,7 +73,7 @@ class Admission:
         key = await self._keys.find(request.key_id)
         if key is None:
             return AdmissionRefused("invalid_api_key", "This API key was revoked or has expired.")
-        entry = self._catalogue.find(request.model)
+        entry = self._catalog.find(request.model)
         if entry is None:
             return AdmissionRefused("model_not_found", f"The model `{request.model}` does not exist.", param="model")
         model = entry.model
@@ -109,8 +109,8 @@ class Admission:
         refusal = check(states, now, demand)
         if refusal is not None:
             return _refused(refusal, states, now)
-        holds = tuple([state.take(now, demand) for state in states])
-        self._reservations.reserve(Reservation(account, request.ingress_id, holds), now)
+        charges = tuple([state.take(now, demand) for state in states])
+        self._reservations.reserve(Reservation(account, request.ingress_id, charges), now)
         return Admitted(
             token_ids,
             admitted_at=now,
@@ -124,13 +124,13 @@ class Admission:
         """Now, and the limits of a key and its team as they are now, with all that was used."""
         record = key.record
         while True:
-            now, states = self._clock(), self._book.states(record.id, record.team)
+            now, states = self._clock(), self._registry.states(record.id, record.team)
             for state, limits in zip(states, (record.limits, key.team_limits or _NO_LIMITS), strict=False):
                 if state.limits is not limits:
                     state.limits = limits
             if not any(state.unloaded(now) for state in states):
                 return now, states
-            await self._book.load(record.id, record.team)
+            await self._registry.load(record.id, record.team)
 
 
 def _account(request: AdmissionRequest, model: MeteredModel, prompt_tokens: int, now: float) -> Account:

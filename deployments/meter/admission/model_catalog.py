@@ -10,7 +10,7 @@ from typing import NamedTuple
 from deployments.meter.admission.tokenizer import PromptTokenizer
 from deployments.meter.admission.tokenizer_lanes import TokenizerLanes
 
-__all__ = ["Catalogue", "CatalogueEntry", "MeteredModel"]
+__all__ = ["CatalogueEntry", "MeteredModel", "ModelCatalog"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CatalogueEntry(NamedTuple):
     tokenizer: PromptTokenizer
 
 
-class Catalogue:
+class ModelCatalog:
     """The listed models by name. Models of one folder share its tokenizer."""
 
     def __init__(self, lanes: TokenizerLanes) -> None:

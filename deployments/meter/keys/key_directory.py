@@ -97,7 +97,7 @@ class KeyDirectory:
         """Reads all keys and keeps them up to date. A database that is away is logged, and tried again."""
         if self._require_keys:
             await self._try_refresh()
-            self._refresher = asyncio.create_task(self._refresh_for_ever(), name="key-directory")
+            self._refresher = asyncio.create_task(self._refresh_loop(), name="key-directory")
 
     async def authenticate(self, digest: bytes) -> KeyInfo | None:
         """Whose key has this SHA-256; None, after a moment, for a key that is unknown, revoked or expired.
@@ -222,7 +222,7 @@ class KeyDirectory:
         finally:
             self._delayed -= 1
 
-    async def _refresh_for_ever(self) -> None:
+    async def _refresh_loop(self) -> None:
         while True:
             await asyncio.sleep(_REFRESH_S)
             await self._try_refresh()

@@ -19,7 +19,7 @@ from deployments.meter.limits.quotas import Quota
 __all__ = [
     "CONCURRENCY_RETRY_S",
     "NOTHING",
-    "Hold",
+    "LimitCharge",
     "LimitDemand",
     "LimitState",
     "Refusal",
@@ -53,7 +53,7 @@ class Refusal(NamedTuple):
     """None if the request is larger than the limit."""
 
 
-class Hold:
+class LimitCharge:
     """How one admitted request counts in one LimitState."""
 
     __slots__ = ("_request", "_reserved", "_state", "_tokens")
@@ -163,12 +163,12 @@ class LimitState:
         code: RefusalCode = "rate_limit_exceeded" if quota is None else "insufficient_quota"
         return Refusal(code, f"Limit of {what} reached for {self._whose}: {numbers}. {advice}", wait_s)
 
-    def take(self, now: float, demand: LimitDemand) -> Hold:
+    def take(self, now: float, demand: LimitDemand) -> LimitCharge:
         """Counts a request that `check` has let pass, or one that is known to have been admitted at `now`."""
         self._running += 1
         self._reserved_tokens += demand.tokens
         self._reserved_cost += demand.cost
-        return Hold(self, self.requests.add(now, 1), self.tokens.add(now, demand.tokens), demand)
+        return LimitCharge(self, self.requests.add(now, 1), self.tokens.add(now, demand.tokens), demand)
 
     def release(self, demand: LimitDemand) -> None:
         """One that was taken has ended."""

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from deployments.contracts import WITNESS_RANKS, Account, Settlement, Witness
 from deployments.meter.errors import MeterBusy
-from deployments.meter.limits.limits import NOTHING, Hold, LimitDemand
+from deployments.meter.limits.limits import NOTHING, LimitCharge, LimitDemand
 from deployments.meter.limits.reservation_journal import ReservationJournal
 
 __all__ = ["Reservation", "Reservations", "demand_of"]
@@ -31,7 +31,7 @@ class Reservation(NamedTuple):
 
     account: Account
     ingress_id: str
-    holds: tuple[Hold, ...]
+    charges: tuple[LimitCharge, ...]
 
 
 class _Settled(NamedTuple):
@@ -119,8 +119,8 @@ class Reservations:
             tokens = known.tokens + settlement.completion_tokens
         self._settled[account.request_id] = known._replace(witness=witness, tokens=tokens)
         if known.reservation is not None:
-            for hold in known.reservation.holds:
-                hold.correct(tokens, admitted=admitted)
+            for charge in known.reservation.charges:
+                charge.correct(tokens, admitted=admitted)
             self._journal.closed(account.request_id, tokens, admitted=admitted)
         return False
 
@@ -156,8 +156,8 @@ class Reservations:
 
     def _close(self, reservation: Reservation, used: LimitDemand, *, admitted: bool) -> None:
         account = reservation.account
-        for hold in reservation.holds:
-            hold.close(used, account.started_at, admitted=admitted)
+        for charge in reservation.charges:
+            charge.close(used, account.started_at, admitted=admitted)
         self._journal.closed(account.request_id, used.tokens, admitted=admitted)
 
     def _forget(self, now: float) -> None:

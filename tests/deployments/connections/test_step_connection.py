@@ -26,7 +26,7 @@ class Replica:
         self.orders: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         self.closed = asyncio.Event()
 
-    def take_orders(self, stream_id: str, orders: bytes) -> None:
+    def take_commands(self, stream_id: str, orders: bytes) -> None:
         self.orders.put_nowait((stream_id, orders))
 
     async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
@@ -41,7 +41,7 @@ class Replica:
 
 @asynccontextmanager
 async def serving(replica: Replica) -> AsyncIterator[StepServer]:
-    server = StepServer(replica.steps, replica.take_orders)
+    server = StepServer(replica.steps, replica.take_commands)
     await server.start("127.0.0.1")
     try:
         yield server
@@ -107,7 +107,7 @@ async def test_orders_of_any_size_arrive_whole_and_in_order() -> None:
 
 async def test_orders_that_the_replica_chokes_on_end_the_stream() -> None:
     class Choking(Replica):
-        def take_orders(self, stream_id: str, orders: bytes) -> None:
+        def take_commands(self, stream_id: str, orders: bytes) -> None:
             raise ValueError("no orders")
 
     async with serving(Choking()) as server, line(server) as (ticket, call):

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from deployments.contracts import (
+    EngineCommands,
     EngineLoad,
-    EngineOrders,
     EngineStep,
     FinishReason,
     PositionLogprobs,
@@ -24,7 +24,7 @@ from deployments.contracts import (
     unpack,
 )
 from deployments.engine.engine import Deliver, EngineQueueFull, EngineUnhealthy
-from deployments.engine.orphans import Orphanage
+from deployments.engine.orphans import OrphanedRequests
 from deployments.engine.replica import EngineReplica
 from deployments.engine.step_outbox import HEARTBEAT_S
 from deployments.engine.step_times import StepTimes
@@ -92,11 +92,11 @@ def submission(generation: int, request_id: str = "r", *, resumed: bool = False)
 
 def submit(replica: EngineReplica, stream_id: str, *submissions: Submission) -> None:
     packed = [msgspec.Raw(pack(submission)) for submission in submissions]
-    replica.take_orders(stream_id, pack(EngineOrders([], packed, [])))
+    replica.take_commands(stream_id, pack(EngineCommands([], packed, [])))
 
 
 def abort(replica: EngineReplica, stream_id: str, *generations: int) -> None:
-    replica.take_orders(stream_id, pack(EngineOrders([], [], list(generations))))
+    replica.take_commands(stream_id, pack(EngineCommands([], [], list(generations))))
 
 
 async def take(steps: AsyncGenerator[bytes, None]) -> EngineStep:
@@ -116,7 +116,7 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 def replica(engine: ScriptedEngine) -> EngineReplica:
-    return EngineReplica(engine, Orphanage(RecordedOutbox()))
+    return EngineReplica(engine, OrphanedRequests(RecordedOutbox()))
 
 
 async def opened(replica: EngineReplica, stream_id: str = "s") -> AsyncGenerator[bytes, None]:
@@ -292,7 +292,7 @@ async def test_a_submission_that_cannot_be_read_fails_alone(replica: EngineRepli
     async with aclosing(await opened(replica)) as steps:
         unreadable = msgspec.Raw(msgspec.msgpack.encode({"generation": 1, "token_ids": "?"}))
         readable = msgspec.Raw(pack(submission(2)))
-        replica.take_orders("s", pack(EngineOrders([], [unreadable, readable], [])))
+        replica.take_commands("s", pack(EngineCommands([], [unreadable, readable], [])))
         engine.generate("r", [10])
         [failed, healthy] = (await take(steps)).deltas
         assert (failed.generation, failed.finish_reason, healthy) == (1, "failed", TokenDelta(2, [10]))
@@ -438,7 +438,7 @@ async def test_finished_generations_make_the_drain_rate(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("deployments.engine.replica.time.monotonic", lambda: now)
-    replica = EngineReplica(engine, Orphanage(RecordedOutbox()))
+    replica = EngineReplica(engine, OrphanedRequests(RecordedOutbox()))
     async with aclosing(await opened(replica)):
         submit(replica, "s", submission(1), submission(2, "q"), submission(3, "p"))
         engine.generate("r", [10], "length")
@@ -497,7 +497,7 @@ async def test_what_a_stream_that_has_ended_had_submitted_never_reaches_the_engi
 async def test_the_siblings_of_a_submission_that_cannot_be_read_fail_with_it(replica: EngineReplica) -> None:
     async with aclosing(await opened(replica)) as steps:
         unreadable = msgspec.Raw(msgspec.msgpack.encode({"generation": 1, "token_ids": "?", "siblings": [[2, 1]]}))
-        replica.take_orders("s", pack(EngineOrders([], [unreadable], [])))
+        replica.take_commands("s", pack(EngineCommands([], [unreadable], [])))
         step = await take(steps)
         assert [(each.generation, each.finish_reason) for each in step.deltas] == [(1, "failed"), (2, "failed")]
         assert step.heard == 2

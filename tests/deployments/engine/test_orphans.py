@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from deployments.contracts import Sampling, Submission
-from deployments.engine.orphans import GRACE_S, Orphanage, Tabs
+from deployments.engine.orphans import GRACE_S, OrphanedRequests, Tabs
 from tests.deployments.accounts import RecordedOutbox, account
 from tests.deployments.ingress.virtual_time import in_virtual_time
 
@@ -37,7 +37,7 @@ def with_tokens(*requests: str) -> Tabs:
 @in_virtual_time
 async def test_an_ingress_that_does_not_come_back_is_settled_for() -> None:
     outbox = RecordedOutbox()
-    orphanage = Orphanage(outbox)
+    orphanage = OrphanedRequests(outbox)
     orphanage.take("i", with_tokens("a", "b"))
     await asyncio.sleep(GRACE_S - 0.1)
     assert outbox.settled == []
@@ -55,7 +55,7 @@ async def test_an_ingress_that_does_not_come_back_is_settled_for() -> None:
 @in_virtual_time
 async def test_an_ingress_that_comes_back_settles_itself() -> None:
     outbox = RecordedOutbox()
-    orphanage = Orphanage(outbox)
+    orphanage = OrphanedRequests(outbox)
     orphanage.take("i", with_tokens("a"))
     orphanage.take("j", with_tokens("b"))
     await asyncio.sleep(GRACE_S / 2)
@@ -68,7 +68,7 @@ async def test_an_ingress_that_comes_back_settles_itself() -> None:
 @in_virtual_time
 async def test_closing_waits_for_nobody() -> None:
     outbox = RecordedOutbox()
-    orphanage = Orphanage(outbox)
+    orphanage = OrphanedRequests(outbox)
     orphanage.take("i", with_tokens("a"))
     orphanage.close()
     assert requests(outbox) == ["a"]

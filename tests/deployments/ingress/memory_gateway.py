@@ -23,7 +23,7 @@ from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
 from tests.deployments.ingress.letter_tokenizer import letter_tokenizer, save_letter_tokenizer
 from tests.deployments.ingress.memory_meter import USER_KEY, MemoryMeter
 from tests.deployments.ingress.memory_replicas import LIMITS, SETTINGS, MemoryReplica, replicas_of
-from tests.deployments.ingress.virtual_time import write_rounds
+from tests.deployments.ingress.virtual_time import write_scheduler
 
 __all__ = ["BODY_LIMIT_BYTES", "Exchange", "Gateway", "events", "gateway", "meter_client_of"]
 
@@ -104,7 +104,7 @@ async def gateway(
                 engines.__getitem__,
                 ingress_id="i",
                 limits=entry.limits,
-                rounds=write_rounds(),
+                rounds=write_scheduler(),
                 note=meter_client.note,
             )
             pool.replicas_changed(frozenset(engines))

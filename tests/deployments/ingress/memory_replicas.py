@@ -10,8 +10,8 @@ import msgspec
 from structlog.testing import capture_logs
 
 from deployments.contracts import (
+    EngineCommands,
     EngineLoad,
-    EngineOrders,
     EngineStep,
     FinishReason,
     Sampling,
@@ -20,14 +20,14 @@ from deployments.contracts import (
     pack,
     unpack,
 )
-from deployments.engine.orphans import Orphanage
+from deployments.engine.orphans import OrphanedRequests
 from deployments.engine.replica import EngineReplica
 from deployments.engine.simulated_engine import SimulatedEngine
 from deployments.engine.simulator import Simulator, SimulatorSettings
 from deployments.ingress.routing.engine_pool import EnginePool, PoolLimits
 from deployments.ingress.routing.replica_stream import ReplicaLine, ReplicaLost, ReplicaTransport
 from tests.deployments.accounts import RecordedOutbox
-from tests.deployments.ingress.virtual_time import write_rounds
+from tests.deployments.ingress.virtual_time import write_scheduler
 
 __all__ = [
     "LIMITS",
@@ -74,7 +74,7 @@ class MemoryReplica:
         self._engine = SimulatedEngine(settings, max_waiting=max_waiting)
         self.outbox = RecordedOutbox()
         """What the replica settled itself."""
-        self._replica = EngineReplica(self._engine, Orphanage(self.outbox))
+        self._replica = EngineReplica(self._engine, OrphanedRequests(self.outbox))
         self._speaking = asyncio.Event()
         self._speaking.set()
         self._lines: set[MemoryLine] = set()
@@ -139,7 +139,7 @@ class MemoryReplica:
         while True:
             packed = await line.orders.get()
             await self._speaking.wait()
-            orders = unpack(packed, EngineOrders)
+            orders = unpack(packed, EngineCommands)
             self.released += orders.released
             submissions = [unpack(each, Submission) for each in orders.submissions]
             if any(submission.token_ids[0] == self.killed_by for submission in submissions):
@@ -147,7 +147,7 @@ class MemoryReplica:
                 return
             self.submissions += submissions
             self.aborts += orders.aborted
-            self._replica.take_orders(stream_id, packed)
+            self._replica.take_commands(stream_id, packed)
 
 
 class MemoryLine:
@@ -185,7 +185,7 @@ class ScriptedReplica:
         self.aborts: list[int] = []
         self.released: list[str] = []
         self.opened: list[str] = []
-        self.orders: list[EngineOrders] = []
+        self.orders: list[EngineCommands] = []
         """As they arrived."""
         self.greeting = True
         """A new stream says something at once."""
@@ -218,7 +218,7 @@ class ScriptedReplica:
             self.tell(heard=0)
         yield line
 
-    def take(self, orders: EngineOrders) -> None:
+    def take(self, orders: EngineCommands) -> None:
         self.orders.append(orders)
         self.released += orders.released
         self.aborts += orders.aborted
@@ -243,7 +243,7 @@ class _ScriptedLine:
         return pack(numbered)
 
     def send(self, orders: bytes) -> None:
-        self._replica.take(unpack(orders, EngineOrders))
+        self._replica.take(unpack(orders, EngineCommands))
 
 
 @asynccontextmanager
@@ -274,7 +274,7 @@ async def opened_pool(
     def connect(replica_id: str) -> ReplicaTransport:
         return replicas[replica_id]
 
-    pool = EnginePool("m", connect, ingress_id="i", limits=limits, rounds=write_rounds(), note=notes.note)
+    pool = EnginePool("m", connect, ingress_id="i", limits=limits, rounds=write_scheduler(), note=notes.note)
     pool.replicas_changed(frozenset(replicas))
     with capture_logs() as logs:
         try:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
-from deployments.ingress.inference.write_rounds import WriteRounds
+from deployments.ingress.inference.write_scheduler import WriteScheduler
 
-__all__ = ["in_virtual_time", "quiet", "run_in_virtual_time", "write_rounds"]
+__all__ = ["in_virtual_time", "quiet", "run_in_virtual_time", "write_scheduler"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,6 +102,6 @@ async def quiet() -> None:
     await asyncio.sleep(1e-6)
 
 
-def write_rounds() -> WriteRounds:
+def write_scheduler() -> WriteScheduler:
     """On the loop's clock, on which no round takes any time."""
-    return WriteRounds(lambda: asyncio.get_running_loop().time())
+    return WriteScheduler(lambda: asyncio.get_running_loop().time())

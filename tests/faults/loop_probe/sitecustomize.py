@@ -39,7 +39,7 @@ if _FOLDER:
 
         return LoopBeat(loop, write, started, _TOLD_S)
 
-    def _look_for_ever() -> None:
+    def _look_loop() -> None:
         beats: dict[int, LoopBeat] = {}
         on = os.path.join(str(_FOLDER), "on")
         while True:
@@ -58,7 +58,7 @@ if _FOLDER:
         def new_event_loop() -> Any:
             _loops.append(loop := make())
             if _looking.acquire(blocking=False):  # the first one, and never released
-                threading.Thread(target=_look_for_ever, name="loop probe", daemon=True).start()
+                threading.Thread(target=_look_loop, name="loop probe", daemon=True).start()
             return loop
 
         return new_event_loop

@@ -22,7 +22,7 @@ from tests.deployments.ingress.letter_tokenizer import letter_tokenizer
 from tests.deployments.ingress.memory_gateway import AUTHORIZED, Gateway, gateway, meter_client_of
 from tests.deployments.ingress.memory_meter import MemoryMeter
 from tests.deployments.ingress.memory_replicas import LIMITS
-from tests.deployments.ingress.virtual_time import in_virtual_time, run_in_virtual_time, write_rounds
+from tests.deployments.ingress.virtual_time import in_virtual_time, run_in_virtual_time, write_scheduler
 
 HELLO = [9, 6, 13, 13, 16]
 
@@ -165,7 +165,7 @@ async def client_of(folder: Path) -> httpx.AsyncClient:
             _no_replica,
             ingress_id="i",
             limits=entry.limits,
-            rounds=write_rounds(),
+            rounds=write_scheduler(),
             note=RecordedOutbox().note,
         )
 

@@ -17,7 +17,7 @@ from deployments.ingress.routing.replica_stream import SILENCE_LIMIT_S
 from tests.deployments.accounts import RecordedOutbox
 from tests.deployments.ingress.letter_tokenizer import save_letter_tokenizer
 from tests.deployments.ingress.memory_replicas import LIMITS, ScriptedReplica
-from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, write_rounds
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, write_scheduler
 
 
 class Serve:
@@ -40,7 +40,7 @@ class Serve:
             lambda _replica: self.replica,
             ingress_id="i",
             limits=entry.limits,
-            rounds=write_rounds(),
+            rounds=write_scheduler(),
             note=RecordedOutbox().note,
         )
         pool.replicas_changed(frozenset({"r0"}))

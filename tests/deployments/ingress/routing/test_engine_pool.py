@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deployments.contracts import EngineLoad, FinishReason, PositionLogprobs, Sampling, TokenDelta
 from deployments.ingress.errors import ApiError, GivenUp, InternalError, ModelNotReady, NotResumable, Overloaded
-from deployments.ingress.inference.generation import Generation, Mailbox
+from deployments.ingress.inference.generation import DeltaQueue, Generation
 from deployments.ingress.routing.engine_pool import EnginePool
 from deployments.scaling.ingress_demand import ModelDemand
 from tests.deployments.accounts import RecordedOutbox, account
@@ -27,7 +27,7 @@ from tests.deployments.ingress.memory_replicas import (
     replicas_of,
     undisturbed,
 )
-from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, run_in_virtual_time, write_rounds
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, run_in_virtual_time, write_scheduler
 
 PROMPT = [1, 2, 3]
 _request_numbers = count()
@@ -50,7 +50,7 @@ class Request:
     ends: int = 0
 
     def __post_init__(self) -> None:
-        self.mailbox = Mailbox(write_rounds())
+        self.mailbox = DeltaQueue(write_scheduler())
         self.generation = Generation(
             account(f"req-{next(_request_numbers)}"), "Meter", 0, self.prompt, self.sampling, self.mailbox
         )
@@ -611,7 +611,7 @@ async def test_a_generation_that_gains_a_token_between_losses_is_never_given_up(
 
 @in_virtual_time
 async def test_what_a_lost_replica_made_is_noted_unless_its_request_is_settled() -> None:
-    notes, mailbox = RecordedOutbox(), Mailbox(write_rounds())
+    notes, mailbox = RecordedOutbox(), DeltaQueue(write_scheduler())
     use = account("two-choices", prompt_tokens=len(PROMPT), choices=2)
     async with replicas_of(2) as replicas, opened_pool(replicas, notes=notes) as pool:
         await quiet()

@@ -10,11 +10,11 @@ import pytest
 
 from deployments.contracts import EngineLoad, PositionLogprobs, Sampling, Sibling, TokenDelta, pack
 from deployments.engine.step_outbox import HEARTBEAT_S
-from deployments.ingress.inference.generation import Generation, Mailbox, News
-from deployments.ingress.routing.replica_stream import ORDERS_BYTES, SILENCE_LIMIT_S, ReplicaStream
+from deployments.ingress.inference.generation import DeltaQueue, Generation, GenerationEvent
+from deployments.ingress.routing.replica_stream import COMMAND_BYTES, SILENCE_LIMIT_S, ReplicaStream
 from tests.deployments.accounts import account
 from tests.deployments.ingress.memory_replicas import ScriptedReplica
-from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, write_rounds
+from tests.deployments.ingress.virtual_time import in_virtual_time, quiet, write_scheduler
 
 
 class Owner:
@@ -56,7 +56,7 @@ async def running(replica: ScriptedReplica) -> AsyncIterator[Owner]:
 
 
 def generation() -> Generation:
-    return Generation(account("req"), "Meter", 0, [1, 2], Sampling(max_tokens=5), Mailbox(write_rounds()))
+    return Generation(account("req"), "Meter", 0, [1, 2], Sampling(max_tokens=5), DeltaQueue(write_scheduler()))
 
 
 def now() -> float:
@@ -166,7 +166,7 @@ async def test_a_missing_message_gives_the_replica_up_before_a_token_is_lost() -
 async def test_everything_that_a_delta_tells_reaches_the_mailbox_of_its_generation() -> None:
     replica = ScriptedReplica()
     async with running(replica) as owner:
-        mailbox = Mailbox(write_rounds())
+        mailbox = DeltaQueue(write_scheduler())
         first = Generation(
             account("req"), "Meter", 3, [1, 2], Sampling(max_tokens=5, logprobs=1, prompt_logprobs=0), mailbox
         )
@@ -182,13 +182,13 @@ async def test_everything_that_a_delta_tells_reaches_the_mailbox_of_its_generati
         replica.tell(told)
         replica.tell(refused)
         await quiet()
-        assert await mailbox.take() == [News(3, told), News(3, refused)]
+        assert await mailbox.take() == [GenerationEvent(3, told), GenerationEvent(3, refused)]
         assert (first.tokens, first.cached_tokens, first.ended) == ([5], 1, True)
         assert (owner.lost, list(owner.stream.generations)) == ([], [])
 
 
 async def test_parts_of_a_prompt_are_told_as_a_whole_with_the_first_token_and_those_of_a_lost_replica_never() -> None:
-    mailbox = Mailbox(write_rounds())
+    mailbox = DeltaQueue(write_scheduler())
     parted = Generation(account("req"), "Meter", 0, [1, 2, 3], Sampling(max_tokens=2, prompt_logprobs=0), mailbox)
     told = [None, PositionLogprobs((2,), (-0.25,), (1,)), PositionLogprobs((3,), (-0.5,), (2,))]
     parted.deliver(TokenDelta(1, [], prompt_logprobs=told[:2]))
@@ -198,8 +198,8 @@ async def test_parts_of_a_prompt_are_told_as_a_whole_with_the_first_token_and_th
     parted.deliver(TokenDelta(1, [5], prompt_logprobs=told[2:]))
     parted.deliver(TokenDelta(1, [6], "length"))
     assert await mailbox.take() == [
-        News(0, TokenDelta(1, [5], prompt_logprobs=told)),
-        News(0, TokenDelta(1, [6], "length")),
+        GenerationEvent(0, TokenDelta(1, [5], prompt_logprobs=told)),
+        GenerationEvent(0, TokenDelta(1, [6], "length")),
     ]
 
 
@@ -338,7 +338,7 @@ async def test_one_of_two_is_refused() -> None:
 
 
 def choices_of(prompt: list[int], number: int, *, seed: int | None = None) -> list[Generation]:
-    use, mailbox = account("req", choices=number), Mailbox(write_rounds())
+    use, mailbox = account("req", choices=number), DeltaQueue(write_scheduler())
     return [
         Generation(
             use,
@@ -392,7 +392,7 @@ async def test_submissions_are_split_into_frames_that_are_read_in_one_turn() -> 
         await quiet()
         sizes = [sum(len(memoryview(each)) for each in orders.submissions) for orders in replica.orders]
         assert len(sizes) > 2
-        assert all(0 < size <= ORDERS_BYTES for size in sizes)
+        assert all(0 < size <= COMMAND_BYTES for size in sizes)
         assert [each.generation for each in replica.submissions] == list(range(1, 11))
         assert [orders.aborted for orders in replica.orders if orders.aborted] == [[1]]
         assert replica.orders[-1].aborted == [1]

@@ -346,7 +346,7 @@ async def test_a_completion_longer_than_the_context_is_refused_with_the_prompts_
     assert "requested 10003 tokens (3 in the prompt; 10000 for the completion)" in refusal.message
 
 
-# --- the catalogue ----------------------------------------------------------------------------------------
+# --- the catalog ----------------------------------------------------------------------------------------
 
 
 async def test_the_catalogue_is_replaced_at_run_time(meter: Meter, tmp_path: Path) -> None:

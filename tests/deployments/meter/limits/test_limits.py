@@ -13,7 +13,7 @@ from deployments.meter.ledger.periods import PeriodName, period_at
 from deployments.meter.limits.limits import (
     CONCURRENCY_RETRY_S,
     NOTHING,
-    Hold,
+    LimitCharge,
     LimitDemand,
     LimitState,
     check,
@@ -276,7 +276,7 @@ def test_a_retry_after_the_wait_is_admitted_and_one_before_is_not(
     of_key: Limits, of_team: Limits, requests: list[tuple[int, float, float, bool]]
 ) -> None:
     states, now = [LimitState("this key", of_key), LimitState("the team mill", of_team)], NOON
-    running: list[list[Hold]] = []
+    running: list[list[LimitCharge]] = []
 
     def refusal(at: float) -> Any:
         for quota in [quota for state in states for quota in state.unloaded(at)]:

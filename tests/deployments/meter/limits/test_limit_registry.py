@@ -8,8 +8,8 @@ import pytest
 from deployments.contracts import Limits
 from deployments.meter.errors import LedgerUnavailable, MeterClosed
 from deployments.meter.ledger.usage import Used
-from deployments.meter.limits import limit_book
-from deployments.meter.limits.limit_book import LimitBook
+from deployments.meter.limits import limit_registry
+from deployments.meter.limits.limit_registry import LimitRegistry
 from deployments.meter.limits.limits import LimitDemand, check
 from tests.deployments.meter.running_meter import Clock
 
@@ -49,8 +49,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def book(ledger: MemoryLedger, clock: Clock) -> AsyncIterator[LimitBook]:
-    book = LimitBook(ledger, clock)
+async def book(ledger: MemoryLedger, clock: Clock) -> AsyncIterator[LimitRegistry]:
+    book = LimitRegistry(ledger, clock)
     for state in book.states("key-1", "mill"):
         state.limits = LIMITS
     yield book
@@ -64,7 +64,7 @@ async def settle_down() -> None:
 
 
 async def test_each_owner_is_asked_for_once_a_day_and_a_month(
-    book: LimitBook, ledger: MemoryLedger, clock: Clock
+    book: LimitRegistry, ledger: MemoryLedger, clock: Clock
 ) -> None:
     await asyncio.gather(*(book.load("key-1", "mill") for _ in range(5)))
     days = [f"{owner} since {begin}" for owner in ("key-1", "mill") for begin in (1_709_078_400, 1_706_745_600)]
@@ -76,7 +76,7 @@ async def test_each_owner_is_asked_for_once_a_day_and_a_month(
     assert ledger.asked == ["key-1 since 1709164800", "mill since 1709164800"]
 
 
-async def test_nothing_is_loaded_while_something_is_recorded(book: LimitBook, ledger: MemoryLedger) -> None:
+async def test_nothing_is_loaded_while_something_is_recorded(book: LimitRegistry, ledger: MemoryLedger) -> None:
     async with book.recording():
         loading = asyncio.create_task(book.load("key-1", "mill"))
         await settle_down()
@@ -88,7 +88,7 @@ async def test_nothing_is_loaded_while_something_is_recorded(book: LimitBook, le
 
 
 async def test_nothing_is_recorded_while_something_is_loaded(
-    book: LimitBook, ledger: MemoryLedger, clock: Clock
+    book: LimitRegistry, ledger: MemoryLedger, clock: Clock
 ) -> None:
     ledger.answering.clear()
     loading = asyncio.create_task(book.load("key-1", "mill"))
@@ -106,7 +106,9 @@ async def test_nothing_is_recorded_while_something_is_loaded(
     await loading
 
 
-async def test_who_asks_while_others_are_loaded_does_not_hold_them_up(book: LimitBook, ledger: MemoryLedger) -> None:
+async def test_who_asks_while_others_are_loaded_does_not_hold_them_up(
+    book: LimitRegistry, ledger: MemoryLedger
+) -> None:
     ledger.answering.clear()
     first = asyncio.create_task(book.load("key-1", None))
     await settle_down()
@@ -124,9 +126,9 @@ async def test_who_asks_while_others_are_loaded_does_not_hold_them_up(book: Limi
 
 
 async def test_an_owner_whose_usage_is_not_told_is_nobody_elses_failure(
-    book: LimitBook, ledger: MemoryLedger, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    book: LimitRegistry, ledger: MemoryLedger, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limit_book, "_READ_LIMIT_S", 0.05)
+    monkeypatch.setattr(limit_registry, "_READ_LIMIT_S", 0.05)
     keys = [f"key-{number}" for number in range(30)]
     for key_id in keys:
         book.states(key_id, None)[0].limits = LIMITS
@@ -138,7 +140,7 @@ async def test_an_owner_whose_usage_is_not_told_is_nobody_elses_failure(
     assert loaded == [number != 3 for number in range(30)]
 
 
-async def test_keys_of_one_team_share_the_reading_of_its_usage(book: LimitBook, ledger: MemoryLedger) -> None:
+async def test_keys_of_one_team_share_the_reading_of_its_usage(book: LimitRegistry, ledger: MemoryLedger) -> None:
     for key_id in ("key-1", "key-2"):
         for state in book.states(key_id, "mill"):
             state.limits = LIMITS
@@ -146,7 +148,7 @@ async def test_keys_of_one_team_share_the_reading_of_its_usage(book: LimitBook, 
     assert sorted(asked.split()[0] for asked in ledger.asked) == ["key-1"] * 2 + ["key-2"] * 2 + ["mill"] * 2
 
 
-async def test_a_failure_is_told_to_all_who_wait_and_not_kept(book: LimitBook, ledger: MemoryLedger) -> None:
+async def test_a_failure_is_told_to_all_who_wait_and_not_kept(book: LimitRegistry, ledger: MemoryLedger) -> None:
     ledger.error = LedgerUnavailable("away")
     outcomes = await asyncio.gather(*(book.load("key-1", "mill") for _ in range(3)), return_exceptions=True)
     assert [str(outcome) for outcome in outcomes] == ["ledger unavailable: usage not known: away"] * 3
@@ -157,9 +159,9 @@ async def test_a_failure_is_told_to_all_who_wait_and_not_kept(book: LimitBook, l
 
 
 async def test_a_ledger_that_hangs_holds_up_recording_for_a_bounded_time(
-    book: LimitBook, ledger: MemoryLedger, monkeypatch: pytest.MonkeyPatch
+    book: LimitRegistry, ledger: MemoryLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limit_book, "_READ_LIMIT_S", 0.01)
+    monkeypatch.setattr(limit_registry, "_READ_LIMIT_S", 0.01)
     ledger.answering.clear()
     with pytest.raises(LedgerUnavailable):
         await book.load("key-1", "mill")
@@ -167,7 +169,7 @@ async def test_a_ledger_that_hangs_holds_up_recording_for_a_bounded_time(
         pass
 
 
-async def test_a_caller_that_gives_up_does_not_disturb_the_others(book: LimitBook, ledger: MemoryLedger) -> None:
+async def test_a_caller_that_gives_up_does_not_disturb_the_others(book: LimitRegistry, ledger: MemoryLedger) -> None:
     ledger.answering.clear()
     impatient, patient = (asyncio.create_task(book.load("key-1", "mill")) for _ in range(2))
     await settle_down()
@@ -177,7 +179,7 @@ async def test_a_caller_that_gives_up_does_not_disturb_the_others(book: LimitBoo
     assert impatient.cancelled()
 
 
-async def test_closing_ends_those_who_wait(book: LimitBook, ledger: MemoryLedger) -> None:
+async def test_closing_ends_those_who_wait(book: LimitRegistry, ledger: MemoryLedger) -> None:
     ledger.answering.clear()
     waiting = asyncio.create_task(book.load("key-1", "mill"))
     await settle_down()
@@ -186,7 +188,7 @@ async def test_closing_ends_those_who_wait(book: LimitBook, ledger: MemoryLedger
         await waiting
 
 
-async def test_only_what_counts_is_kept(book: LimitBook, clock: Clock) -> None:
+async def test_only_what_counts_is_kept(book: LimitRegistry, clock: Clock) -> None:
     key, team = book.states("key-1", "mill")
     hold = key.take(clock.now, LimitDemand(5, 0.0))
     book.forget_idle(clock.now)

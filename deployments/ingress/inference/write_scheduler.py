@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["WriteRounds"]
+__all__ = ["WriteScheduler"]
 
 _WORTH_A_REST_S: Final = 0.004
 """A round that takes less is followed by the next at once: nobody sees tokens that come so close together apart."""
 _LONGEST_REST_S: Final = 0.01
 
 
-class WriteRounds:
+class WriteScheduler:
     """One for all streams on an event loop. Bounded by the streams there are: each joins a round once."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -20,7 +20,7 @@ from deployments.meter.ledger.usage import Used
 from deployments.meter.limits.limits import LimitState
 from deployments.meter.limits.quotas import Quota
 
-__all__ = ["LimitBook", "UsageSource"]
+__all__ = ["LimitRegistry", "UsageSource"]
 
 _READ_LIMIT_S: Final = 2.0
 """For all that is read at a time: nothing is recorded meanwhile."""
@@ -37,7 +37,7 @@ class UsageSource(Protocol):
     async def used_since(self, since: float, *, key_id: str | None = None, team: str | None = None) -> Used: ...
 
 
-class LimitBook:
+class LimitRegistry:
     """For use on one event loop. `clock` gives Unix time in seconds."""
 
     def __init__(self, ledger: UsageSource, clock: Callable[[], float]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from deployments.ingress.inference.write_rounds import WriteRounds
+from deployments.ingress.inference.write_scheduler import WriteScheduler
 from tests.deployments.ingress.virtual_time import in_virtual_time, quiet
 
 
@@ -14,7 +14,7 @@ class Streams:
     def __init__(self, write_s: float) -> None:
         self._write_s = write_s
         self._busy_s = 0.0
-        self.rounds = WriteRounds(self.now)
+        self.rounds = WriteScheduler(self.now)
         self.written: list[tuple[float, str]] = []
 
     def now(self) -> float:
