@@ -90,7 +90,7 @@ class ConnectionMiddleware:
             connection = Connection.behind(send)
             self._tell("connection" if connection is not None else "every layer")
             scope.setdefault("extensions", {})[CONNECTION] = connection
-            answer = _Answer(
+            answer = _WatchedAnswer(
                 send, connection, self._write_timeout_s, request_id, chunks=scope.get("http_version") != "1.0"
             )
             try:
@@ -143,7 +143,7 @@ class _Upload:
         return message
 
 
-class _Answer:
+class _WatchedAnswer:
     """What the client is sent. One timer watches over all of it: a stream writes thousands of times a second."""
 
     def __init__(

@@ -37,7 +37,7 @@ from deployments.ingress.errors import (
     ServiceUnavailable,
 )
 from deployments.ingress.inference.generation import DeltaQueue, Generation, GenerationEvent
-from deployments.ingress.inference.model import Model
+from deployments.ingress.inference.model import RequestedModel
 from deployments.ingress.inference.request import InferenceRequest
 from deployments.ingress.inference.text_stream import TextDelta, TextStream
 from deployments.ingress.meter_client import MeterClient
@@ -79,7 +79,7 @@ class Inference(ABC, Generic[D]):
         self,
         request_id: str,
         asked: InferenceRequest,
-        model: Model,
+        model: RequestedModel,
         key: KeyInfo,
         meter: MeterClient,
         constraints: ConstraintChecker,

@@ -12,7 +12,7 @@ from deployments.ingress.inference.generation import Generation
 from deployments.ingress.inference.token_texts import TokenTexts
 from deployments.ingress.inference.write_scheduler import WriteScheduler
 
-__all__ = ["Model", "ModelEntry", "Pool"]
+__all__ = ["ModelEntry", "Pool", "RequestedModel"]
 
 
 class Pool(Protocol):
@@ -48,7 +48,7 @@ class ModelEntry(Protocol):
     def verifies_outputs(self) -> bool: ...
 
 
-class Model(Protocol):
+class RequestedModel(Protocol):
     @property
     def entry(self) -> ModelEntry: ...
 

@@ -10,7 +10,7 @@ import msgspec
 from deployments.contracts import PromptOptions, Sampling
 from deployments.ingress.constraints.constraint import GivenConstraint
 from deployments.ingress.errors import InvalidRequest
-from deployments.ingress.inference.model import Model
+from deployments.ingress.inference.model import RequestedModel
 from deployments.ingress.inference.text_stream import TextOptions
 
 __all__ = ["InferenceRequest"]
@@ -59,7 +59,7 @@ class InferenceRequest:
         """The parameter that says what the output must conform to."""
         return None if self.constraint is None else self.constraint.param.partition(".")[0]
 
-    def check(self, model: Model) -> None:
+    def check(self, model: RequestedModel) -> None:
         """What depends on the model, and can be told before an engine is asked. Raises InvalidRequest."""
         sampling = self.sampling
         if sampling.priority and not model.entry.priority_scheduling:
