@@ -23,6 +23,7 @@ from deployments.contracts import (
     ConstraintCheck,
     OutputCheck,
 )
+from deployments.ingress.constraints.limits import MAX_COMPILE_S, MAX_STEP_S
 from deployments.ingress.constraints.schema_keywords import SchemaRefused, held_schema
 from deployments.ingress.constraints.schema_patterns import whitespace_class
 
@@ -34,8 +35,6 @@ step of every sequence."""
 _OWN_HEAD: Final = re.compile(r"(?m)^[ \t]*%llguidance\b.*$")
 _STEPS: Final = 8
 """Steps of a walk by which the cost of masks is known."""
-_MAX_STEP_S: Final = 0.1
-"""Of masks, for all candidates of a request together: each step of the engine waits for them."""
 _MAX_MESSAGE: Final = 300
 
 
@@ -180,13 +179,20 @@ class ModelGrammars:
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
         if failed or messages:
             raise _Refused(_reason(messages[0]))
+        before = time.process_time()
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        compile_s = (time.process_time() - before) * check.candidates
         first = _tokens_of(matcher.compute_bitmask())
         if matcher.is_error():
             raise _Refused(_reason(matcher.get_error()))
         if first == {self._end} and not matcher.is_accepting():
             raise _Refused("No text conforms to it")
         self._check_tokens(first, check)
+        if compile_s > MAX_COMPILE_S:
+            raise _Refused(
+                f"It is too complex for {check.candidates} choices at a time: to compile it for each takes "
+                f"{compile_s:.2g} s of CPU time, and {MAX_COMPILE_S:g} s is the limit"
+            )
         self._check_cost(matcher, check.candidates)
 
     def _check_cost(self, matcher: LLMatcher, candidates: int) -> None:
@@ -200,10 +206,10 @@ class ModelGrammars:
                 break
             matcher.consume_token(drawn.choice(going_on))
         step_s = sorted(costs_s)[len(costs_s) // 2] * candidates
-        if step_s > _MAX_STEP_S:
+        if step_s > MAX_STEP_S:
             raise _Refused(
                 f"It is too complex for {candidates} choices at a time: with it each token takes {step_s:.2g} s of CPU "
-                f"time more, and {_MAX_STEP_S:g} s is the limit"
+                f"time more, and {MAX_STEP_S:g} s is the limit"
             )
 
     def _check_tokens(self, first: set[int], check: ConstraintCheck) -> None:

@@ -20,7 +20,7 @@ from deployments.ingress.api.description.tables import (
     values,
 )
 from deployments.ingress.constraints.constraint import MAX_CONSTRAINT_BYTES, MAX_CONSTRAINT_BYTES_OF_ALL
-from deployments.ingress.constraints.limits import CHECK_CPU_S
+from deployments.ingress.constraints.limits import CHECK_CPU_S, MAX_COMPILE_S, MAX_STEP_S
 from deployments.ingress.constraints.schema_keywords import ANNOTATIONS, FORMATS, HELD, REFUSED
 
 __all__ = ["completions_reference"]
@@ -45,7 +45,8 @@ _FORMS: Final = """\
 
 A request that asks for a form (`response_format`, `structured_outputs`, `guided_…`) is checked before it is admitted,
 in at most {cpu_s:g} s of CPU time: there must be output that conforms, and tokens for it that other parameters leave.
-All replicas hold it by the same library, llguidance.
+All replicas hold it by the same library, llguidance. For many choices it must be simple: the engine compiles it for
+each of them, which may take {compile_s:g} s of CPU time together, and each token of them all {step_s:g} s.
 
 An answer whose `finish_reason` is `stop` conforms, unless the request itself had it cut: by `stop`, by
 `stop_token_ids` or by `repetition_detection`. Then, and with `length`, it is the beginning of output that conforms.
@@ -127,6 +128,8 @@ def completions_reference() -> str:
             _nested_tables(),
             _FORMS.format(
                 cpu_s=CHECK_CPU_S,
+                compile_s=MAX_COMPILE_S,
+                step_s=MAX_STEP_S,
                 max_bytes=MAX_CONSTRAINT_BYTES,
                 all_bytes=MAX_CONSTRAINT_BYTES_OF_ALL,
                 formats=", ".join(f"`{name}`" for name in FORMATS),

@@ -238,6 +238,14 @@ def test_fixed_text_does_not_make_steps_slow(grammars: ModelGrammars) -> None:
     assert grammars.check(ConstraintCheck("", fixed, candidates=16)).grammar
 
 
+def test_what_takes_long_to_compile_is_not_compiled_for_many_choices(grammars: ModelGrammars) -> None:
+    """Twenty choices of 2,000 labels took a core of the engine for a second, beside its steps."""
+    labels = constraint_of("choice", [f"label{number}" for number in range(2000)])
+    assert grammars.check(ConstraintCheck("", labels, candidates=2)).grammar
+    refused = grammars.check(ConstraintCheck("", labels, candidates=1024))
+    assert "for 1024 choices at a time: to compile it for each takes" in refused.message
+
+
 def test_a_structural_tag_holds_its_schema(grammars: ModelGrammars) -> None:
     tag = {"structures": [{"begin": "<f>", "schema": {"enum": [1, 2]}, "end": "</f>"}], "triggers": ["<f"]}
     grammar = grammar_of(grammars, "structural_tag", tag)
