@@ -15,7 +15,6 @@ What is sent twice is recorded once (deployments/meter/ledger/ledger.py).
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import chain
@@ -26,8 +25,8 @@ import msgspec
 import structlog
 
 from deployments.contracts import Settlement, pack, unpack
-from deployments.settlement.record_file import append_whole, framed, read_records
-from deployments.settlement.record_rewrite import RecordRewrite, draft_of
+from deployments.settlement.record_file import append_whole, draft_of, framed, left_behind, open_locked
+from deployments.settlement.record_rewrite import RecordRewrite
 
 __all__ = ["OUTBOX_SIZE", "SettlementOutbox"]
 
@@ -83,7 +82,7 @@ class SettlementOutbox:
         self._compact_at_bytes = _COMPACT_BYTES
         self._rewrite: RecordRewrite | None = None
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = self._open_own()
+        self._file = open_locked(self._path, wait=True)  # another may just be adopting what was left
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -178,14 +177,6 @@ class SettlementOutbox:
 
     # --- the file ---------------------------------------------------------------------------------------------------
 
-    def _open_own(self) -> int:
-        while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(file, self._path):
-                return file
-            os.close(file)  # taken for one that was left, and adopted, before it could be locked
-
     def _keep(self, meter: str, settlement: Settlement) -> None:
         try:
             self._append(pack(_Entry(meter, settlement)))
@@ -255,40 +246,24 @@ class SettlementOutbox:
 
     async def _adopt(self, path: Path) -> None:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return  # adopted by another
-        try:
+            with left_behind(path) as records:
+                await self._take_over(path, records)
+        except (BlockingIOError, FileNotFoundError):
+            return  # its owner lives, or another has adopted it
+
+    async def _take_over(self, path: Path, records: list[bytes]) -> None:
+        for number, record in enumerate(records, 1):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # its owner lives
-            if not _is_at(file, path):
-                return  # adopted, or rewritten by its owner, since it was opened
-            records = read_records(os.pread(file, os.fstat(file).st_size, 0)).records
-            for number, record in enumerate(records, 1):
-                try:
-                    entry = unpack(record, _Entry)
-                except msgspec.DecodeError as error:
-                    log.error("settlement of another version", file=path.name, record=record.hex(), reason=str(error))
-                    continue
-                self.put(entry.meter, entry.settlement)
-                log.info(
-                    "settlement adopted",
-                    request=entry.settlement.account.request_id,
-                    witness=entry.settlement.witness,
-                    parts=entry.settlement.parts,
-                )
-                if number % _ADOPT_AT_ONCE == 0:
-                    await asyncio.sleep(0)  # streams go on
-            os.unlink(path)
-            draft_of(path).unlink(missing_ok=True)
-        finally:
-            os.close(file)
-
-
-def _is_at(file: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
+                entry = unpack(record, _Entry)
+            except msgspec.DecodeError as error:
+                log.error("settlement of another version", file=path.name, record=record.hex(), reason=str(error))
+                continue
+            self.put(entry.meter, entry.settlement)
+            log.info(
+                "settlement adopted",
+                request=entry.settlement.account.request_id,
+                witness=entry.settlement.witness,
+                parts=entry.settlement.parts,
+            )
+            if number % _ADOPT_AT_ONCE == 0:
+                await asyncio.sleep(0)  # streams go on

@@ -1,18 +1,23 @@
 """Files of records that outlive the process that writes them: appended whole, and a torn end is told from a record.
 
+A process has its file locked for as long as it lives. What it leaves is adopted by another.
+
 A record is its length, at least 1, and its CRC-32, four bytes each, little-endian, and then its bytes. A process that
 is killed while it appends leaves less than that at the end of the file, which the reader cuts off.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["RecordsRead", "append_whole", "framed", "read_records"]
+__all__ = ["RecordsRead", "append_whole", "draft_of", "framed", "left_behind", "open_locked", "read_records"]
 
 _HEAD: Final = struct.Struct("<II")
 
@@ -21,6 +26,47 @@ class RecordsRead(NamedTuple):
     records: list[bytes]
     whole_bytes: int
     """How much of the file they are; what is behind is torn, and to be cut off before anything is appended."""
+
+
+def draft_of(path: Path) -> Path:
+    """Where a rewrite of the file at `path` stands until it takes its place (record_rewrite.py)."""
+    return path.with_suffix(".draft")
+
+
+def open_locked(path: Path, *, create: bool = True, wait: bool = False) -> int:
+    """A descriptor of the file that stands at `path`, to append to, locked until it is closed, by death at the latest.
+    Raises BlockingIOError while another has it, unless this may `wait`; FileNotFoundError if there is none and none is
+    to be made."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _stands_at(file, path):
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # adopted and unlinked, or replaced, before it could be locked
+
+
+def _stands_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def left_behind(path: Path) -> Iterator[list[bytes]]:
+    """The records of a file that its process has left, and removes it once they are taken over. Raises BlockingIOError
+    while its process lives, FileNotFoundError when another has adopted it."""
+    file = open_locked(path, create=False)
+    try:
+        yield read_records(os.pread(file, os.fstat(file).st_size, 0)).records
+        path.unlink()
+        draft_of(path).unlink(missing_ok=True)
+    finally:
+        os.close(file)
 
 
 def append_whole(file: int, data: bytes, size_bytes: int) -> int:

@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from deployments.settlement.record_file import framed
+from deployments.settlement.record_file import draft_of, framed
 
-__all__ = ["RecordRewrite", "draft_of"]
+__all__ = ["RecordRewrite"]
 
 _PORTION: Final = 100
 """Records that are written without a pause: about a millisecond of work."""
@@ -28,11 +28,6 @@ _PAUSE: Final = 4.0
 """Times as long as a portion took."""
 _AT_ONCE_BYTES: Final = 2**18
 """What `is_ready` may leave to be written on the event loop."""
-
-
-def draft_of(path: Path) -> Path:
-    """Where a rewrite of the file at `path` stands until it takes its place."""
-    return path.with_suffix(".draft")
 
 
 class RecordRewrite:

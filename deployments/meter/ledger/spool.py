@@ -9,7 +9,6 @@ For use by one thread at a time, but for `reject`, `spooled` and `full`, which a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -22,7 +21,7 @@ import structlog
 
 from deployments.contracts import Settlement, pack, unpack
 from deployments.meter.errors import LedgerUnavailable
-from deployments.settlement.record_file import framed, read_records
+from deployments.settlement.record_file import append_whole, framed, left_behind, open_locked, read_records
 
 __all__ = ["Spool", "SpooledBatch"]
 
@@ -62,7 +61,7 @@ class Spool:
         self._start_bytes = self._end_bytes = 0
         self._records = self._forgotten = 0
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = _open_locked(self._path, os.O_CREAT)
+        self._file = open_locked(self._path)
         try:
             _sync_folder(folder)
             self._take_up()
@@ -157,17 +156,14 @@ class Spool:
     # --- the file ---------------------------------------------------------------------------------------------------
 
     def _write(self, records: list[bytes]) -> None:
-        """At the place where the last whole record ends, so that a failed attempt leaves nothing in the way."""
-        data = framed(records)
+        """Behind the last whole record, and a failed attempt leaves nothing in the way."""
+        end_bytes = append_whole(self._file, framed(records), self._end_bytes)
         try:
-            written = os.pwrite(self._file, data, self._end_bytes)
-            if written < len(data):
-                raise OSError(None, f"only {written} of {len(data)} bytes could be written")
             os.fdatasync(self._file)
         except OSError:
             os.ftruncate(self._file, self._end_bytes)
             raise
-        self._end_bytes += len(data)
+        self._end_bytes = end_bytes
         self._records += len(records)
 
     def _take_up(self) -> None:
@@ -181,32 +177,11 @@ class Spool:
 
     def _adopt(self, path: Path) -> None:
         try:
-            file = _open_locked(path)
+            with left_behind(path) as records:
+                self._write(records)
         except (FileNotFoundError, BlockingIOError):
             return  # adopted by another, or its owner lives
-        try:
-            records = read_records(path.read_bytes()).records
-            self._write(records)
-            path.unlink()
-            log.info("spool adopted", file=path.name, settlements=len(records))
-        finally:
-            os.close(file)
-
-
-def _open_locked(path: Path, flags: int = 0) -> int:
-    """A descriptor of the file that stands at `path`, locked until it is closed, by death at the latest."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        except FileNotFoundError:
-            pass  # as if another stood there: it was adopted and unlinked before it could be locked
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
+        log.info("spool adopted", file=path.name, settlements=len(records))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@ one in use (deployments/settlement/record_rewrite.py).
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,8 +20,8 @@ import msgspec
 import structlog
 
 from deployments.contracts import Account, pack
-from deployments.settlement.record_file import append_whole, framed, read_records
-from deployments.settlement.record_rewrite import RecordRewrite, draft_of
+from deployments.settlement.record_file import append_whole, draft_of, framed, left_behind, open_locked, read_records
+from deployments.settlement.record_rewrite import RecordRewrite
 
 __all__ = ["JournaledReservation", "ReservationJournal"]
 
@@ -67,7 +66,7 @@ class ReservationJournal:
         self._rotation: RecordRewrite | None = None
         self._broken = False
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = _open_locked(self._path)
+        self._file = open_locked(self._path)
         self._bytes = os.fstat(self._file).st_size
 
     def load(self, now: float) -> list[JournaledReservation]:
@@ -172,23 +171,17 @@ class ReservationJournal:
             if not number.isdecimal() or int(number) < self._shards:
                 continue
             try:
-                file = _open_locked(path)
-            except BlockingIOError:
-                continue  # it is stopping; the next start finds what it leaves
-            try:
-                left = _counting([*_read(_previous(path)), *_read(path)], now)
-                for reservation in left:
-                    self.reserved(reservation.account, reservation.ingress_id)
-                    if reservation.used_tokens is not None:
-                        self.closed(
-                            reservation.account.request_id, reservation.used_tokens, admitted=reservation.admitted
-                        )
-                self.flush()
-                path.unlink()
-                _previous(path).unlink(missing_ok=True)
-                draft_of(path).unlink(missing_ok=True)
-            finally:
-                os.close(file)
+                with left_behind(path) as records:
+                    left = _counting([*_read(_previous(path)), *_decoded(records)], now)
+                    for reservation in left:
+                        account, used_tokens = reservation.account, reservation.used_tokens
+                        self.reserved(account, reservation.ingress_id)
+                        if used_tokens is not None:
+                            self.closed(account.request_id, used_tokens, admitted=reservation.admitted)
+                    self.flush()
+            except (BlockingIOError, FileNotFoundError):
+                continue  # it is stopping: the next start finds what it leaves
+            _previous(path).unlink(missing_ok=True)
             log.info("reservations adopted", file=path.name, count=len(left))
             adopted += left
         return adopted
@@ -200,20 +193,6 @@ def _path(folder: Path, shard: int) -> Path:
 
 def _previous(path: Path) -> Path:
     return path.with_suffix(".previous")
-
-
-def _open_locked(path: Path) -> int:
-    """A descriptor of the file that stands at `path`, locked until it is closed, by death at the latest. Raises
-    BlockingIOError while another has it, or is replacing it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or not os.path.samestat(os.fstat(file), path.stat()):
-            raise BlockingIOError(None, f"{path.name}: is being replaced")
-    except BaseException:
-        os.close(file)
-        raise
-    return file
 
 
 def _read(path: Path) -> list[_Reserved | _Closed]:

@@ -147,7 +147,7 @@ def test_the_file_does_not_grow_for_ever_while_its_beginning_is_drained(tmp_path
             assert appended < 15_000
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+@pytest.mark.parametrize("call", ["write", "fdatasync"])
 def test_an_append_that_the_disk_refuses_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -167,10 +167,10 @@ def test_an_append_that_the_disk_refuses_leaves_nothing(
 
 
 def test_a_write_that_ends_early_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.pwrite
+    write = os.write
     with opened(tmp_path) as spool:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[: len(data) // 2], offset))
+            patch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2]))
             with pytest.raises(LedgerUnavailable, match="could be written"):
                 spool.append(numbered(1, 2))
         assert (tmp_path / "Meter.spool").stat().st_size == 0
