@@ -7,6 +7,7 @@ of that text are told by their bytes, as OpenAI did: `bytes:\\xe2\\x80`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,9 +88,10 @@ class LogprobsWriter:
     def _told_apart(self, token_ids: Sequence[int], texts: Sequence[str]) -> list[str]:
         """One name for each token of a position, of which several read alike; the first keeps its text."""
         names: dict[str, None] = {texts[0]: None}
+        alike = Counter(texts)  # there may be a thousand of them, at each position
         for token_id, text in zip(token_ids[1:], texts[1:], strict=True):
-            name = text if texts.count(text) == 1 else self._texts.as_bytes(token_id)
-            names[f"token_id:{token_id}" if name in names or (name != text and name in texts) else name] = None
+            name = text if alike[text] == 1 else self._texts.as_bytes(token_id)
+            names[f"token_id:{token_id}" if name in names or (name != text and name in alike) else name] = None
         return list(names)
 
     def _text(self, token_id: int) -> str:
