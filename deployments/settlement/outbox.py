@@ -245,11 +245,9 @@ class SettlementOutbox:
                 await self._adopt(path)
 
     async def _adopt(self, path: Path) -> None:
-        try:
-            with left_behind(path) as records:
+        with left_behind(path) as records:
+            if records is not None:
                 await self._take_over(path, records)
-        except (BlockingIOError, FileNotFoundError):
-            return  # its owner lives, or another has adopted it
 
     async def _take_over(self, path: Path, records: list[bytes]) -> None:
         for number, record in enumerate(records, 1):

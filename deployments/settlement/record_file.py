@@ -57,10 +57,14 @@ def _stands_at(file: int, path: Path) -> bool:
 
 
 @contextmanager
-def left_behind(path: Path) -> Iterator[list[bytes]]:
-    """The records of a file that its process has left, and removes it once they are taken over. Raises BlockingIOError
-    while its process lives, FileNotFoundError when another has adopted it."""
-    file = open_locked(path, create=False)
+def left_behind(path: Path) -> Iterator[list[bytes] | None]:
+    """The records of a file that its process has left, and removes it once they are taken over. None while its process
+    lives, and when another has adopted it."""
+    try:
+        file = open_locked(path, create=False)
+    except (BlockingIOError, FileNotFoundError):
+        yield None
+        return
     try:
         yield read_records(os.pread(file, os.fstat(file).st_size, 0)).records
         path.unlink()

@@ -42,13 +42,13 @@ class Admission:
         self,
         keys: KeyDirectory,
         catalog: ModelCatalog,
-        book: LimitRegistry,
+        registry: LimitRegistry,
         reservations: Reservations,
         clock: Callable[[], float],
     ) -> None:
         self._keys = keys
         self._catalog = catalog
-        self._registry = book
+        self._registry = registry
         self._reservations = reservations
         self._clock = clock
         self._undecided: dict[str, _Undecided] = {}

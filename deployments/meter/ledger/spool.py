@@ -176,11 +176,10 @@ class Spool:
             log.info("spool taken up", file=self._path.name, settlements=len(records), torn_bytes=torn_bytes)
 
     def _adopt(self, path: Path) -> None:
-        try:
-            with left_behind(path) as records:
-                self._write(records)
-        except (FileNotFoundError, BlockingIOError):
-            return  # adopted by another, or its owner lives
+        with left_behind(path) as records:
+            if records is None:
+                return
+            self._write(records)
         log.info("spool adopted", file=path.name, settlements=len(records))
 
 

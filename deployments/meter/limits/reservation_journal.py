@@ -170,17 +170,16 @@ class ReservationJournal:
             number = path.stem.removeprefix("reservations-")
             if not number.isdecimal() or int(number) < self._shards:
                 continue
-            try:
-                with left_behind(path) as records:
-                    left = _counting([*_read(_previous(path)), *_decoded(records)], now)
-                    for reservation in left:
-                        account, used_tokens = reservation.account, reservation.used_tokens
-                        self.reserved(account, reservation.ingress_id)
-                        if used_tokens is not None:
-                            self.closed(account.request_id, used_tokens, admitted=reservation.admitted)
-                    self.flush()
-            except (BlockingIOError, FileNotFoundError):
-                continue  # it is stopping: the next start finds what it leaves
+            with left_behind(path) as records:
+                if records is None:
+                    continue  # its meter is stopping: the next start finds what it leaves
+                left = _counting([*_read(_previous(path)), *_decoded(records)], now)
+                for reservation in left:
+                    account, used_tokens = reservation.account, reservation.used_tokens
+                    self.reserved(account, reservation.ingress_id)
+                    if used_tokens is not None:
+                        self.closed(account.request_id, used_tokens, admitted=reservation.admitted)
+                self.flush()
             _previous(path).unlink(missing_ok=True)
             log.info("reservations adopted", file=path.name, count=len(left))
             adopted += left
