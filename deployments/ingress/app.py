@@ -21,7 +21,7 @@ from deployments.ingress.api.endpoints import ENDPOINTS
 from deployments.ingress.api.services import IngressSettings, Services
 from deployments.ingress.errors import ApiError, ClientGone, InternalError, MethodNotAllowed, RouteNotFound
 from deployments.ingress.http.connection_middleware import ConnectionMiddleware
-from deployments.ingress.http.error_response import error_response
+from deployments.ingress.http.json_response import error_response
 from deployments.ingress.meter_client import MeterClient
 from deployments.ingress.metrics import ResponseCounts
 from deployments.ingress.openapi.document import openapi_document

@@ -17,6 +17,7 @@ from starlette.responses import FileResponse, Response
 from deployments.ingress.api.description.endpoint import Endpoint
 from deployments.ingress.api.description.operations import PUBLIC, answered, operation
 from deployments.ingress.api.services import ServicesOf
+from deployments.ingress.http.json_response import json_response
 
 __all__ = ["DOCUMENTATION"]
 
@@ -66,7 +67,7 @@ DOCUMENTATION: Final = Endpoint("documentation", "Public, without a key.", _rout
     ),
 )
 async def openapi(services: ServicesOf) -> Response:
-    return Response(services.document(), media_type="application/json")
+    return json_response(services.document())
 
 
 @_router.get(

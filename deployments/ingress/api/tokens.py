@@ -29,6 +29,7 @@ from deployments.ingress.api.parameter_types import MAX_MODEL_NAME, NotServed, T
 from deployments.ingress.api.services import Caller, RequestBody, ServicesOf
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.http.json_body import Body, parsed_body
+from deployments.ingress.http.json_response import json_response
 from deployments.ingress.routing.catalog import Catalog, ServedModel
 
 __all__ = ["TOKENS", "DetokenizeRequest", "TokenizeRequest"]
@@ -114,8 +115,8 @@ async def tokenize(services: ServicesOf, _key: Caller, body: RequestBody) -> Res
         )
     model = _model(services.catalog, request.model)
     if len(request.prompt) <= _INLINE_SIZE:
-        return _json(_tokenized(model, request))
-    return _json(await run_sync(_tokenized, model, request, limiter=_threads))
+        return json_response(_tokenized(model, request))
+    return json_response(await run_sync(_tokenized, model, request, limiter=_threads))
 
 
 @_router.post(
@@ -132,12 +133,8 @@ async def detokenize(services: ServicesOf, _key: Caller, body: RequestBody) -> R
     request = await parsed_body(body, DetokenizeRequest)
     model = _model(services.catalog, request.model)
     if len(request.tokens) <= _INLINE_SIZE:
-        return _json(_detokenized(model, request))
-    return _json(await run_sync(_detokenized, model, request, limiter=_threads))
-
-
-def _json(body: bytes) -> Response:
-    return Response(body, media_type="application/json")
+        return json_response(_detokenized(model, request))
+    return json_response(await run_sync(_detokenized, model, request, limiter=_threads))
 
 
 def _model(catalog: Catalog, name: str | None) -> ServedModel:

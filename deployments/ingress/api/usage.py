@@ -29,14 +29,15 @@ from deployments.ingress.api.description.operations import (
 from deployments.ingress.api.description.tables import query_table
 from deployments.ingress.api.services import Admin, Caller, ServicesOf
 from deployments.ingress.errors import InvalidRequest
+from deployments.ingress.http.json_response import json_response
 from deployments.ingress.http.query_parameters import QueryParameters
 from deployments.resources import BUCKETS_S, parse_grouping, usage_card
 from deployments.time_parsing import END_OF_TIME_AT
 
 __all__ = ["USAGE"]
 
-OWN_GROUPS: Final = ("model", "day", "hour", "dialect", "status")
-GROUPS: Final[dict[str, UsageDimension]] = {"project_id": "team", "api_key_id": "key", "model": "model"}
+_OWN_GROUPS: Final = ("model", "day", "hour", "dialect", "status")
+_GROUPS: Final[dict[str, UsageDimension]] = {"project_id": "team", "api_key_id": "key", "model": "model"}
 
 _DEFAULT_RANGE_S: Final = 30 * 86_400
 _MAX_BUCKETS: Final = 10_000
@@ -48,7 +49,7 @@ class _Width(NamedTuple):
     max_limit: int
 
 
-WIDTHS: Final = {"1m": _Width(60, 60, 1440), "1h": _Width(3600, 24, 168), "1d": _Width(86_400, 7, 31)}
+_WIDTHS: Final = {"1m": _Width(60, 60, 1440), "1h": _Width(3600, 24, 168), "1d": _Width(86_400, 7, 31)}
 _NOT_SERVED: Final = {
     "user_ids": "usage is not recorded by user; filter by api_key_ids or project_ids",
     "batch": "there are no batches",
@@ -126,7 +127,7 @@ class UsagePage(Answer):
 _MOMENT: Final = "A date such as `2027-01-31`, in UTC, a time in ISO 8601, a Unix time, or a duration back such as `7d`"
 _INSTANT: Final[Json] = {"type": "integer", "minimum": 0, "exclusiveMaximum": END_OF_TIME_AT}
 _PAGE_LIMITS: Final = "; ".join(
-    f"with {name} {width.default_limit} by default, {width.max_limit} at most" for name, width in WIDTHS.items()
+    f"with {name} {width.default_limit} by default, {width.max_limit} at most" for name, width in _WIDTHS.items()
 )
 
 _router = APIRouter()
@@ -148,14 +149,14 @@ def _texts(name: str, description: str, values: Json | None = None) -> Json:
         parameters=[
             parameter("since", f"{_MOMENT}; 30 days before `until` by default.", {"type": "string"}),
             parameter("until", f"{_MOMENT}; now by default.", {"type": "string"}),
-            _texts("by", "What to sum it by, repeated or with commas.", {"enum": list(OWN_GROUPS)}),
+            _texts("by", "What to sum it by, repeated or with commas.", {"enum": list(_OWN_GROUPS)}),
         ],
     ),
 )
 async def own_usage(request: Request, services: ServicesOf, key: Caller) -> Response:
     query = QueryParameters(request.query_params, ("since", "until", "by"))
     try:
-        grouping = parse_grouping(query.texts("by") or (), OWN_GROUPS)
+        grouping = parse_grouping(query.texts("by") or (), _OWN_GROUPS)
     except ValueError as error:
         raise InvalidRequest(f"Invalid value for 'by': {error}.", param="by") from None
     since, until = query.moment("since"), query.moment("until")
@@ -171,15 +172,14 @@ async def own_usage(request: Request, services: ServicesOf, key: Caller) -> Resp
             param="since",
         )
     rows = await services.meter.usage(UsageQuery(since, until, grouping.width_s, grouping.by, key_ids=(key.key_id,)))
-    return _json(
-        {
-            "object": "list",
-            "key_id": key.key_id,
-            "since": int(since),
-            "until": math.ceil(until),
-            "data": [usage_card(row, grouping) for row in rows],
-        }
-    )
+    answer = {
+        "object": "list",
+        "key_id": key.key_id,
+        "since": int(since),
+        "until": math.ceil(until),
+        "data": [usage_card(row, grouping) for row in rows],
+    }
+    return json_response(msgspec.json.encode(answer))
 
 
 @_router.get(
@@ -199,8 +199,8 @@ async def own_usage(request: Request, services: ServicesOf, key: Caller) -> Resp
                 required=True,
             ),
             parameter("end_time", "Unix time in seconds, exclusive; now by default.", _INSTANT),
-            parameter("bucket_width", "Of each bucket.", {"enum": list(WIDTHS), "default": "1d"}),
-            _texts("group_by", "What to sum each bucket by, repeated or with commas.", {"enum": list(GROUPS)}),
+            parameter("bucket_width", "Of each bucket.", {"enum": list(_WIDTHS), "default": "1d"}),
+            _texts("group_by", "What to sum each bucket by, repeated or with commas.", {"enum": list(_GROUPS)}),
             _texts("api_key_ids", "Only of these keys, by id."),
             _texts("project_ids", "Only of these teams."),
             _texts("models", "Only of these models."),
@@ -213,7 +213,7 @@ async def own_usage(request: Request, services: ServicesOf, key: Caller) -> Resp
 async def organization_usage(request: Request, services: ServicesOf, _key: Admin) -> Response:
     page = _Page.of(request)
     rows = [] if page.begins_at >= page.ends_at else await services.meter.usage(page.query())
-    return _json(page.answer(rows))
+    return json_response(msgspec.json.encode(page.answer(rows)))
 
 
 class _Page(NamedTuple):
@@ -245,16 +245,16 @@ class _Page(NamedTuple):
         end = query.integer("end_time", 0, END_OF_TIME_AT - 1)
         if end is not None and end <= start:
             raise InvalidRequest("Invalid value for 'end_time': expected a time after 'start_time'.", param="end_time")
-        width = WIDTHS.get(query.text("bucket_width") or "1d")
+        width = _WIDTHS.get(query.text("bucket_width") or "1d")
         if width is None:
             raise InvalidRequest(
-                f"Invalid value for 'bucket_width': expected one of {', '.join(WIDTHS)}.", param="bucket_width"
+                f"Invalid value for 'bucket_width': expected one of {', '.join(_WIDTHS)}.", param="bucket_width"
             )
         groups = tuple(dict.fromkeys(query.texts("group_by") or ()))
         for group in groups:
-            if group not in GROUPS:
+            if group not in _GROUPS:
                 raise InvalidRequest(
-                    f"Invalid value for 'group_by': got {group!r}, expected some of {', '.join(GROUPS)}.",
+                    f"Invalid value for 'group_by': got {group!r}, expected some of {', '.join(_GROUPS)}.",
                     param="group_by",
                 )
         limit = query.integer("limit", 1, width.max_limit) or width.default_limit
@@ -275,7 +275,7 @@ class _Page(NamedTuple):
         )
 
     def query(self) -> UsageQuery:
-        by = tuple(GROUPS[group] for group in self.groups)
+        by = tuple(_GROUPS[group] for group in self.groups)
         return UsageQuery(self.begins_at, self.ends_at, self.width_s, by, self.key_ids, self.teams, self.models)
 
     def answer(self, rows: list[UsageRow]) -> dict[str, Any]:
@@ -328,10 +328,6 @@ def _result(row: UsageRow) -> dict[str, Any]:
 
 def _name(width_s: int) -> str:
     return next(name for name, each in BUCKETS_S.items() if each == width_s)
-
-
-def _json(content: dict[str, Any]) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
 
 
 _OWN_REFERENCE: Final = """\

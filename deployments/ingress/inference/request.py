@@ -13,7 +13,7 @@ from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.inference.model import RequestedModel
 from deployments.ingress.inference.text_stream import TextOptions
 
-__all__ = ["InferenceRequest"]
+__all__ = ["NO_SEED", "InferenceRequest"]
 
 _MAX_PROMPT_ENTRIES: Final = 2**16
 """Log probabilities of one prompt: what the engine and the ingress pass on as a whole, in 30 to 50 ms."""
@@ -21,7 +21,7 @@ _MAX_PROMPT_ENTRIES_OF_ALL: Final = 2**18
 """Of all prompts, for each of the choices generated."""
 
 _SEEDS: Final = 2**64
-_NO_SEED: Final = -1
+NO_SEED: Final = -1
 """For vLLM's sampling parameters."""
 
 
@@ -50,7 +50,7 @@ class InferenceRequest:
         seed = self.sampling.seed
         if number and seed is not None:
             seed = (seed + number + _SEEDS // 2) % _SEEDS - _SEEDS // 2
-            if seed == _NO_SEED:
+            if seed == NO_SEED:
                 seed = _SEEDS // 2 - 1
         return msgspec.structs.replace(self.sampling, seed=seed, grammar=grammar)
 

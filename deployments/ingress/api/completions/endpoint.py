@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -38,11 +38,11 @@ from deployments.ingress.api.description.operations import (
     ref,
     schema_ref,
 )
-from deployments.ingress.api.services import Services
+from deployments.ingress.api.services import services_of
 from deployments.ingress.errors import ApiError
 from deployments.ingress.http.auth import API_KEY_HEADER
-from deployments.ingress.http.error_response import error_response
 from deployments.ingress.http.json_body import parsed
+from deployments.ingress.http.json_response import error_response, json_response
 
 __all__ = ["COMPLETIONS"]
 
@@ -105,79 +105,73 @@ def _examples(*names: str) -> Json:
     return {name: _EXAMPLES[name] for name in names}
 
 
-def _completion(summary: str, description: str, body: Json, examples: Json, more: Json) -> Json:
-    return {
-        "summary": summary,
-        "description": description,
-        "parameters": [ref("parameters", "RequestId")],
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": body, "examples": examples}},
+def _completion(summary: str, operation_id: str, body: Json, examples: Json, more: Json, **fields: Any) -> Json:
+    """`more`: further responses; `fields` are those of the operation."""
+    answer = answered(
+        "The completion; with `stream` its chunks as server-sent events. An error after the first of them is "
+        'an event `data: {"error": {...}}`, after which no `[DONE]` follows.',
+        {
+            **json_content("Completion"),
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "example": _EXAMPLE_CHUNK,
+                "x-event-schema": schema_ref("CompletionChunk"),
+            },
         },
-        "responses": {
-            "200": answered(
-                "The completion; with `stream` its chunks as server-sent events. An error after the first of them is "
-                'an event `data: {"error": {...}}`, after which no `[DONE]` follows.',
-                {
-                    **json_content("Completion"),
-                    "text/event-stream": {
-                        "schema": {"type": "string"},
-                        "example": _EXAMPLE_CHUNK,
-                        "x-event-schema": schema_ref("CompletionChunk"),
-                    },
-                },
-            ),
-            **errors(*_STATUSES),
-            **more,
-        },
-    }
+    )
+    content = {"application/json": {"schema": body, "examples": examples}}
+    completion = operation(
+        summary, operation_id, answer, *_STATUSES, requestBody={"required": True, "content": content}, **fields
+    )
+    completion["responses"] |= more
+    return completion
 
 
 def _operations() -> dict[str, Json]:
     bearer: list[Json] = [{"HTTPBearer": []}]
-    shared = _completion(
-        "Complete prompts",
-        f"With the header `{API_KEY_HEADER}` the model may be given as `?model=`, which wins over the body, and "
-        "an invalid body is answered 422. Without it an invalid body is answered 400.",
-        {"anyOf": [schema_ref("CompletionRequest"), schema_ref("CompletionRequestD0")]},
-        _examples("text", "stream", "score", "tokens", "schema"),
-        errors(400) | INVALID,
-    )
-    shared["operationId"] = "createCompletion"
-    shared["parameters"] = [
-        *shared["parameters"],
-        {
-            "name": "model",
-            "in": "query",
-            "description": f"Name of the model; heeded with the header `{API_KEY_HEADER}` only.",
-            "schema": {"type": "string"},
-        },
-    ]
-    strict = _completion(
-        "Complete a prompt",
-        "The answer links its JSON Schema as `$schema`.",
-        schema_ref("CompletionRequestD1"),
-        _examples("text", "stream"),
-        errors(400),
-    )
-    compatible = _completion(
-        "Complete a prompt",
-        "Takes the likeliest tokens unless a temperature is given. An invalid body is answered 422, and 400 says that "
-        "no replica of the model is up. The key may stand in `Authorization` with or without `Bearer`.",
-        schema_ref("CompletionRequestD2"),
-        _examples("text", "stream"),
-        {"400": ref("responses", "NotReady")} | INVALID,
-    )
+    model = {
+        "name": "model",
+        "in": "query",
+        "description": f"Name of the model; heeded with the header `{API_KEY_HEADER}` only.",
+        "schema": {"type": "string"},
+    }
     return {
-        D3.path: shared | {"security": [*bearer, {"APIKeyHeader": []}]},
-        D1.path: strict | {"operationId": "createOpenAICompletion", "security": bearer},
-        D2.path: compatible
-        | {"operationId": "createCompatibleCompletion", "security": [*bearer, {"AuthorizationHeader": []}]},
+        D3.path: _completion(
+            "Complete prompts",
+            "createCompletion",
+            {"anyOf": [schema_ref("CompletionRequest"), schema_ref("CompletionRequestD0")]},
+            _examples("text", "stream", "score", "tokens", "schema"),
+            errors(400) | INVALID,
+            description=f"With the header `{API_KEY_HEADER}` the model may be given as `?model=`, which wins over the "
+            "body, and an invalid body is answered 422. Without it an invalid body is answered 400.",
+            parameters=[model],
+            security=[*bearer, {"APIKeyHeader": []}],
+        ),
+        D1.path: _completion(
+            "Complete a prompt",
+            "createOpenAICompletion",
+            schema_ref("CompletionRequestD1"),
+            _examples("text", "stream"),
+            errors(400),
+            description="The answer links its JSON Schema as `$schema`.",
+            security=bearer,
+        ),
+        D2.path: _completion(
+            "Complete a prompt",
+            "createCompatibleCompletion",
+            schema_ref("CompletionRequestD2"),
+            _examples("text", "stream"),
+            {"400": ref("responses", "NotReady")} | INVALID,
+            description="Takes the likeliest tokens unless a temperature is given. An invalid body is answered 422, "
+            "and 400 says that no replica of the model is up. The key may stand in `Authorization` with or without "
+            "`Bearer`.",
+            security=[*bearer, {"AuthorizationHeader": []}],
+        ),
     }
 
 
 async def _create_completion(path: str, request: Request) -> Response:
-    services: Services = request.app.state.services
+    services = await services_of(request)
     dialect = dialect_of(path, request.headers)
     try:
         key = await services.authenticate(request, dialect.credentials)
@@ -210,7 +204,7 @@ def _schema() -> bytes:
 
 
 async def _completion_schema(_request: Request) -> Response:
-    return Response(_schema(), media_type="application/json")
+    return json_response(_schema())
 
 
 _router = APIRouter(route_class=DirectRoute)

@@ -39,7 +39,7 @@ from deployments.ingress.constraints.constraint import (
 )
 from deployments.ingress.errors import InvalidRequest
 from deployments.ingress.http.json_body import INT32_MAX, MAX_PROMPTS, Body, parse_body
-from deployments.ingress.inference.request import InferenceRequest
+from deployments.ingress.inference.request import NO_SEED, InferenceRequest
 from deployments.ingress.inference.text_stream import TextOptions
 
 __all__ = ["CompletionRequest", "RepetitionDetectionOptions", "StreamOptions", "parse_completion_request"]
@@ -54,9 +54,6 @@ _MAX_REPEATED: Final = {"bad_words": 2048, "allowed_token_ids": 2**18, "logit_bi
 
 _SMALLEST_TOP_P = 1e-9
 """Stands for 0, which OpenAI allows and vLLM does not: only the likeliest token is left."""
-
-_NO_SEED = -1
-"""For vLLM's sampling parameters."""
 
 _OPENAI = Source("OpenAI")
 _VLLM = Source("vLLM")
@@ -325,7 +322,7 @@ class CompletionRequest(ForeignParameters, CompletionParameters):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            seed=None if self.seed == _NO_SEED else self.seed,
+            seed=None if self.seed == NO_SEED else self.seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,

@@ -52,6 +52,7 @@ from deployments.ingress.api.keys.bodies import (
 from deployments.ingress.api.services import Admin, RequestBody, Services, ServicesOf
 from deployments.ingress.errors import Conflict, InvalidRequest, ObjectNotFound
 from deployments.ingress.http.json_body import parsed_body
+from deployments.ingress.http.json_response import json_response
 from deployments.ingress.http.query_parameters import QueryParameters
 from deployments.meter.keys.key_values import TEAM_NAME
 from deployments.resources import key_card, team_card
@@ -201,7 +202,7 @@ async def list_teams(services: ServicesOf, _key: Admin) -> Response:
 async def set_team(name: str, services: ServicesOf, _key: Admin, body: RequestBody) -> Response:
     asked = await parsed_body(body, TeamRequest)
     answer = await _carried_out(services, SetTeam(name, _limits(asked.limits)))
-    return _json(team_card(answer.teams[0]))
+    return json_response(msgspec.json.encode(team_card(answer.teams[0])))
 
 
 @_router.delete(
@@ -218,12 +219,12 @@ async def set_team(name: str, services: ServicesOf, _key: Admin, body: RequestBo
 )
 async def remove_team(name: str, services: ServicesOf, _key: Admin) -> Response:
     answer = await _carried_out(services, RemoveTeam(name))
-    return _json(team_card(answer.teams[0]) | {"deleted": True})
+    return json_response(msgspec.json.encode(team_card(answer.teams[0]) | {"deleted": True}))
 
 
 async def _about_key(services: Services, command: AdministrationCommand, status: int = 200) -> Response:
     answer = await _carried_out(services, command)
-    return _json(key_card(answer.keys[0], answer.secret), status)
+    return json_response(msgspec.json.encode(key_card(answer.keys[0], answer.secret)), status)
 
 
 async def _carried_out(services: Services, command: AdministrationCommand) -> AdministrationAnswer:
@@ -256,11 +257,7 @@ def _changes(body: UpdateKeyRequest) -> KeyChanges:
 
 
 def _list(cards: list[dict[str, Any]]) -> Response:
-    return _json({"object": "list", "data": cards})
-
-
-def _json(content: dict[str, Any], status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
+    return json_response(msgspec.json.encode({"object": "list", "data": cards}))
 
 
 _KEYS_REFERENCE: Final = """\
