@@ -14,7 +14,7 @@ __all__ = ["LONGEST_TURN_S", "LoopTurns", "assert_short", "loop_turns"]
 
 LONGEST_TURN_S = 0.05
 """What one request may take of a loop that others need."""
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 """The best of so many counts: a collection of garbage, say, is not the request's."""
 
 
@@ -50,12 +50,9 @@ async def assert_short(turns_of: Callable[[], Awaitable[LoopTurns]]) -> None:
     """No turn of what `turns_of` does takes longer than LONGEST_TURN_S."""
     gc.collect()
     gc.freeze()  # what other tests have left is none of a server's
-    try:
-        least = await turns_of()
-        for _ in range(_ATTEMPTS - 1):
-            if least.longest_s < LONGEST_TURN_S:
-                break
-            least = min(least, await turns_of(), key=lambda turns: turns.longest_s)
-    finally:
-        gc.unfreeze()
+    least = await turns_of()
+    for _ in range(_ATTEMPTS - 1):
+        if least.longest_s < LONGEST_TURN_S:
+            break
+        least = min(least, await turns_of(), key=lambda turns: turns.longest_s)
     assert least.longest_s < LONGEST_TURN_S, str(least)

@@ -203,7 +203,7 @@ async def test_a_database_that_comes_back_is_found_even_if_nothing_could_be_spoo
 
     async with opened(unmounted, tmp_path) as ledger:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", refuse)
+            patch.setattr(os, "write", refuse)
             with pytest.raises(LedgerUnavailable, match="No space left"):
                 await record(ledger, 0)
             mount(tmp_path)
