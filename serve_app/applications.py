@@ -59,7 +59,9 @@ _LOGGING = {"enable_access_log": False}
 _RESUME_TIMEOUT_S = 180.0
 _REPORT_PERIOD_S = 1.0
 """How often replicas tell Serve's controller of their load."""
-"""What of a model its engine replicas need not know."""
+_FEW_ARENAS = {"env_vars": {"MALLOC_ARENA_MAX": "2"}}
+"""For processes whose threads each take bodies of megabytes apart: glibc keeps what was freed for the thread, up to
+64 MB each, in eight arenas a CPU."""
 
 
 class GatewayArguments(BaseModel, frozen=True, extra="forbid"):
@@ -231,13 +233,13 @@ def serve_config(config: ClusterConfig, home: Path, folders: Mapping[str, Path])
                             IngressPolicy,
                             {"minimum": ingress_replicas.min, "maximum": ingress_replicas.max},
                         ),
-                        "ray_actor_options": {"num_cpus": config.ingress.resources.cpus},
+                        "ray_actor_options": {"num_cpus": config.ingress.resources.cpus, "runtime_env": _FEW_ARENAS},
                         "user_config": {"models": catalog},
                     },
                     *(
                         {
                             "name": name,
-                            "ray_actor_options": {"num_cpus": config.meter.resources.cpus},
+                            "ray_actor_options": {"num_cpus": config.meter.resources.cpus, "runtime_env": _FEW_ARENAS},
                             "user_config": {"models": metered},
                         }
                         for name in meter_names(config.meter.replicas)
