@@ -28,9 +28,12 @@ _OUT_OF_MEMORY = 3
 """Exit status where Python noticed it."""
 _MAX_MODELS = 4
 """Tokenizers that are kept."""
+_NICENESS = 4
+"""Beside the ingress's: an engine on the same host takes its steps before a check is gone on with."""
 
 
 def main() -> None:
+    os.nice(_NICENESS)
     models: dict[str, ModelGrammars] = {}
     with socket.socket(fileno=os.dup(0)) as connection, connection.makefile("rb") as stream:
         while len(head := stream.read(4)) == 4:
