@@ -14,6 +14,7 @@ BASE ?=
 BUILDER ?=
 
 BIN := .venv/bin
+LIGHT := .venv/.light-installed
 CPU := .venv/.cpu-installed
 DEV := .venv/.dev-installed
 CLIENTS := .venv/.clients-installed
@@ -30,8 +31,8 @@ serve: $(CPU) ## start the cluster, print a curl to try, stop it with Ctrl-C; CO
 test: $(CLIENTS) ## run all tests; ARGS="-k name" goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-test-unit: $(DEV) ## run the quick tests, which need neither Ray, vLLM nor PostgreSQL; ARGS= as above
-	$(BIN)/python -m pytest -m "not cluster and not vllm and not postgres and not slow" $(ARGS)
+test-unit: $(LIGHT) ## run the quick tests, which need neither torch, vLLM, a cluster nor PostgreSQL; ARGS= as above
+	$(BIN)/python -m pytest -n auto -m "not cluster and not vllm and not postgres and not slow" $(ARGS)
 
 faults: $(DEV) ## kill processes under load for 10 minutes, then audit the ledger; ARGS="--seed 2 --seconds 60", ARGS=--vllm
 	$(BIN)/python -m tests.faults.campaign $(ARGS)
@@ -54,7 +55,7 @@ image: ## build the image of the pods with docker, podman or buildah; VARIANT=gp
 	@$(or $(wildcard $(BIN)/python),python3) -m requirements.image $(VARIANT) $(if $(TAG),--tag $(TAG)) \
 		$(if $(BASE),--base $(BASE)) $(if $(BUILDER),--builder $(BUILDER)) $(ARGS)
 
-check: $(DEV) ## ruff, mypy and the order of the rooms (import-linter)
+check: $(LIGHT) ## ruff, mypy and the order of the rooms (import-linter)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -72,14 +73,20 @@ clean: ## remove .venv, caches and build results; the ledger and the keys in ~/.
 
 # A stamp holds the path of its environment: in a moved or copied tree it is worth nothing (requirements/install.sh then
 # makes .venv anew).
+ifneq ($(file <$(LIGHT)),$(CURDIR)/.venv)
+.PHONY: $(LIGHT)
+endif
 ifneq ($(file <$(CPU)),$(CURDIR)/.venv)
 .PHONY: $(CPU)
 endif
 
+$(LIGHT): requirements/light.lock requirements/dev.lock pyproject.toml
+	@requirements/install.sh light
+
 $(CPU): requirements/cpu.lock pyproject.toml
 	@requirements/install.sh cpu
 
-$(DEV): requirements/dev.lock $(CPU)
+$(DEV): $(LIGHT) $(CPU)
 	@requirements/install.sh dev
 
 $(CLIENTS): requirements/clients.lock requirements/javascript/package-lock.json $(DEV)

@@ -56,6 +56,7 @@ __all__ = [
     "PositionLogprobs",
     "PromptOptions",
     "RateLimits",
+    "RefusalCode",
     "RemoveTeam",
     "RepetitionDetection",
     "RequestCounter",
@@ -465,19 +466,22 @@ class Admitted(msgspec.Struct, frozen=True, tag="admitted", omit_defaults=True):
     rate_limits: RateLimits | None = None
 
 
+RefusalCode = Literal[
+    "context_length_exceeded",
+    "empty_prompt",
+    "too_many_prompt_tokens",
+    "token_out_of_vocabulary",
+    "model_not_found",
+    "invalid_api_key",
+    "model_not_allowed",
+    "rate_limit_exceeded",
+    "insufficient_quota",
+    "unavailable",
+]
+
+
 class AdmissionRefused(msgspec.Struct, frozen=True, tag="refused", omit_defaults=True):
-    code: Literal[
-        "context_length_exceeded",
-        "empty_prompt",
-        "too_many_prompt_tokens",
-        "token_out_of_vocabulary",
-        "model_not_found",
-        "invalid_api_key",
-        "model_not_allowed",
-        "rate_limit_exceeded",
-        "insufficient_quota",
-        "unavailable",
-    ]
+    code: RefusalCode
     """`invalid_api_key`: revoked or expired since the ingress looked it up. `rate_limit_exceeded`: of a minute, or of
     requests at a time. `insufficient_quota`: of a day or a month. `unavailable`: cannot be decided now; worth another
     try, and not for the caller's eyes."""

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Makes .venv and installs the locked packages into it, with uv. The Makefile calls it when a stamp is out of date:
 #
+#     requirements/install.sh light      virtual environment, light.lock and dev.lock, which are what `make check` and
+#                                        `make test-unit` need, Millstream itself            -> .venv/.light-installed
 #     requirements/install.sh cpu        virtual environment, cpu.lock, Millstream itself    -> .venv/.cpu-installed
-#     requirements/install.sh dev        dev.lock on top of it                               -> .venv/.dev-installed
+#     requirements/install.sh dev        the servers of the tests, on top of both            -> .venv/.dev-installed
 #     requirements/install.sh clients    clients.lock, apart in .venv/clients                -> .venv/.clients-installed
 #     requirements/install.sh peers      peers.lock, apart in .venv/peers                    -> .venv/.peers-installed
 #
@@ -31,8 +33,9 @@ step=  # the step under way, for messages
 
 main() {
     case "${1-}" in
+        light) inputs=(requirements/light.lock requirements/dev.lock pyproject.toml) ;;
         cpu) inputs=(requirements/cpu.lock pyproject.toml) ;;
-        dev) inputs=(requirements/dev.lock "$VENV/.cpu-installed") ;;
+        dev) inputs=("$VENV/.light-installed" "$VENV/.cpu-installed") ;;
         clients) inputs=(requirements/clients.lock requirements/javascript/package-lock.json "$VENV/.dev-installed") ;;
         peers) inputs=(requirements/peers.lock "$VENV/.clients-installed") ;;
         packages-cpu | packages-gpu) inputs=("requirements/${1#*-}.lock") ;;
@@ -40,7 +43,7 @@ main() {
             "install_${1/-/_}"
             return
             ;;
-        *) fail "usage: requirements/install.sh cpu|dev|clients|peers|packages-cpu|packages-gpu|system-cpu|system-gpu" ;;
+        *) fail "usage: requirements/install.sh light|cpu|dev|clients|peers|packages-cpu|packages-gpu|system-cpu|system-gpu" ;;
     esac
     readonly stamp=$VENV/.$1-installed started=$VENV/.$1-installing
 
@@ -65,13 +68,25 @@ main() {
     mv "$started" "$stamp" # keeps the time of the start: an input edited meanwhile is newer and installed next time
 }
 
+install_light() {
+    make_venv 2
+    begin "[2/2] $(count light) packages of requirements/light.lock, $(count dev) of requirements/dev.lock"
+    run "${UV[@]}" pip install --no-deps "${repair[@]}" -r requirements/light.lock -r requirements/dev.lock
+    install_millstream
+}
+
 install_cpu() {
     install_packages_cpu
+    install_millstream
+}
+
+install_millstream() {
     run "${UV[@]}" pip install --quiet --no-deps --no-build-isolation --editable .
 }
 
 # Not compiled, unless UV_COMPILE_BYTECODE says so: the first import does that, and nine modules in ten are never imported.
 install_packages_cpu() {
+    install_system_cpu
     make_venv 4
     install_torch
     begin "[3/4] $(count cpu) packages of requirements/cpu.lock (3 GB the first time)"
@@ -81,6 +96,8 @@ install_packages_cpu() {
 
 # Not imported: vLLM's build for CUDA is not, where there is no GPU.
 install_packages_gpu() {
+    find_python
+    install_debian_packages $(missing_libraries)
     make_venv 2
     begin "[2/2] $(count gpu) packages of requirements/gpu.lock"
     run "${UV[@]}" pip install --no-deps "${repair[@]}" -r requirements/gpu.lock
@@ -100,7 +117,7 @@ install_system_gpu() {
 # make_venv STEPS: as the first of so many.
 make_venv() {
     find_python
-    install_debian_packages $(missing_for_python) $(missing_libraries)
+    install_debian_packages $(missing_for_python)
     if ! venv_is_sound; then
         begin "[1/$1] virtual environment .venv, with $("$python" --version)"
         find -H "$VENV" -mindepth 1 ! -path "$started" -delete
@@ -148,7 +165,6 @@ install_dev() {
     # Of the rehearsal: Redis for Ray's head, and packet filters.
     command -v redis-server >/dev/null || install_debian_packages redis-server
     command -v nft >/dev/null && command -v ip >/dev/null || install_debian_packages nftables iproute2
-    install_lock dev
 }
 
 # Apart from the rest, because Ray imports pandas and pyarrow where it finds them: each of its processes would take

@@ -1,5 +1,4 @@
-"""What can go wrong in the meter, apart from a refused admission, which is an answer
-(contracts.AdmissionRefused).
+"""What can go wrong in the meter.
 
 They cross to other processes by the name of their class (deployments/meter/remote/meter_connection.py), and when a call
 through Serve ends with one, pickled: an exception passes all it was made with to `super().__init__` and writes its
@@ -9,6 +8,8 @@ words in `__str__`.
 from __future__ import annotations
 
 from pathlib import Path
+
+from deployments.contracts import AdmissionRefused, RateLimits, RefusalCode
 
 __all__ = [
     "AdminKeyError",
@@ -20,6 +21,7 @@ __all__ = [
     "MeterBusy",
     "MeterClosed",
     "MeterError",
+    "NotAdmitted",
     "OwnerBusy",
     "PromptTooLong",
     "TeamNotFound",
@@ -30,6 +32,25 @@ __all__ = [
 
 class MeterError(Exception):
     """The base of everything the meter raises on purpose."""
+
+
+class NotAdmitted(MeterError):
+    """A request is refused. Crosses to other processes as `refusal`, which is an answer (service.py)."""
+
+    def __init__(
+        self,
+        code: RefusalCode,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        rate_limits: RateLimits | None = None,
+    ) -> None:
+        super().__init__(code, message)
+        self.refusal = AdmissionRefused(code, message, param, retry_after_s, rate_limits)
+
+    def __str__(self) -> str:
+        return f"{self.refusal.code}: {self.refusal.message}"
 
 
 class MeterBusy(MeterError):

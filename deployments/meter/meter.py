@@ -23,7 +23,6 @@ import structlog
 from deployments.contracts import (
     AdministrationAnswer,
     AdministrationCommand,
-    AdmissionRefused,
     AdmissionRequest,
     Admitted,
     KeyInfo,
@@ -36,7 +35,7 @@ from deployments.meter.admission.admission import Admission
 from deployments.meter.admission.model_catalog import MeteredModel, ModelCatalog
 from deployments.meter.admission.tokenizer_lanes import TokenizerLanes
 from deployments.meter.counters import Counters
-from deployments.meter.errors import LedgerUnavailable, MeterError
+from deployments.meter.errors import LedgerUnavailable, MeterError, NotAdmitted
 from deployments.meter.keys.administration import administer
 from deployments.meter.keys.key_directory import KeyDirectory
 from deployments.meter.keys.key_store import KeyStore
@@ -152,24 +151,30 @@ class Meter:
         """Whose key has this SHA-256; None for nobody's. Raises LedgerUnavailable when that cannot be told."""
         return await self._keys.authenticate(digest)
 
-    async def admit(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
+    async def admit(self, request: AdmissionRequest) -> Admitted:
         """Tokenizes, checks and reserves; a reservation lasts until its request is settled.
 
-        Asking again for the same request is safe. One that cannot be decided now is `unavailable`: when too much waits,
-        a model's files are unusable, or usage cannot be told. Raises LedgerUnavailable when usage cannot be recorded.
+        Asking again for the same request is safe. Raises NotAdmitted: as `unavailable` when it cannot be decided now,
+        because too much waits, a model's files are unusable, or usage cannot be told. Raises LedgerUnavailable when
+        usage cannot be recorded.
         """
         if self._ledger.full:
             raise LedgerUnavailable("the spool is full")
         began_s = time.perf_counter()
         try:
-            answer = await self._admission.decide(request)
+            admitted = await self._admission.decide(request)
+            self._counters.admitted(time.perf_counter() - began_s)
+            return admitted
+        except NotAdmitted as refused:
+            self._counters.refusals[refused.refusal.code] += 1
+            if self._refusal_rows is not None:
+                self._refusal_rows.put(request, self._clock())
+            raise
         except MeterError as error:
             log.warning("admission not decided", request=request.request_id, reason=str(error))
-            answer = AdmissionRefused("unavailable", str(error))
-        else:
-            self._count(request, answer, time.perf_counter() - began_s)
-        await self._journaled()
-        return answer
+            raise NotAdmitted("unavailable", str(error)) from error
+        finally:
+            await self._journaled()
 
     async def settle(self, settlements: list[Settlement]) -> None:
         """Returns once all are durable in the ledger; then their reservations are gone. Raises as Ledger.record."""
@@ -257,15 +262,6 @@ class Meter:
         await asyncio.to_thread(self._key_database.dispose)
 
     # --- admission ---------------------------------------------------------------------------------------------------
-
-    def _count(self, request: AdmissionRequest, answer: Admitted | AdmissionRefused, seconds: float) -> None:
-        """What was decided, and how long that took."""
-        if isinstance(answer, Admitted):
-            self._counters.admitted(seconds)
-            return
-        self._counters.refusals[answer.code] += 1
-        if self._refusal_rows is not None:
-            self._refusal_rows.put(request, self._clock())
 
     def _journaled(self) -> asyncio.Future[None]:
         """Done once what was decided is in the journal: one write for all of this turn of the event loop."""

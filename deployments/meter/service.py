@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from deployments.contracts import AdmissionRequest, Settlement, UsageQuery, pack, unpack, unpack_command
+from deployments.meter.errors import NotAdmitted
 from deployments.meter.meter import Meter
 from deployments.meter.remote.meter_connection import MeterMethod
 
@@ -12,7 +13,8 @@ __all__ = ["MeterService"]
 
 
 class MeterService:
-    """The methods of deployments/meter/remote/meter_transport.py. Each raises as that of Meter."""
+    """The methods of deployments/meter/remote/meter_transport.py. Each raises as that of Meter, but a refusal of `admit`
+    is an answer."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -35,7 +37,10 @@ class MeterService:
         return b"" if info is None else pack(info)
 
     async def _admit(self, request: bytes) -> bytes:
-        return pack(await self._meter.admit(unpack(request, AdmissionRequest)))
+        try:
+            return pack(await self._meter.admit(unpack(request, AdmissionRequest)))
+        except NotAdmitted as refused:
+            return pack(refused.refusal)
 
     async def _settle(self, settlements: bytes) -> bytes:
         await self._meter.settle(unpack(settlements, list[Settlement]))

@@ -145,8 +145,8 @@ def turns(numbers: list[int]) -> int:
 async def test_the_number_follows_tokens_up_and_down_in_one_go(
     cluster: RunningCluster, broken_folder: Path, tmp_path: Path
 ) -> None:
-    """Two models with equal request rates, of which one makes ten times the tokens or more, and the other is redeployed while
-    the load falls."""
+    """Two models with equal request rates, of which one makes ten times the tokens or more, and the other is redeployed
+    while the load falls."""
     async with watched(cluster, "long") as long, watched(cluster, "short") as short:
         await asyncio.gather(
             poisson(cluster, "long", LONG, RATE_PER_S / 30, 5.0), poisson(cluster, "short", SHORT, RATE_PER_S / 30, 5.0)

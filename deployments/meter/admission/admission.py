@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from deployments.contracts import Account, AdmissionRefused, AdmissionRequest, Admitted, Limits, owner_of
+from deployments.contracts import Account, AdmissionRequest, Admitted, Limits, owner_of
 from deployments.meter.admission.model_catalog import MeteredModel, ModelCatalog
 from deployments.meter.admission.prompts import encode_prompts
+from deployments.meter.errors import NotAdmitted
 from deployments.meter.keys.key_directory import KeyDirectory, KeyState
 from deployments.meter.limits.limit_registry import LimitRegistry
 from deployments.meter.limits.limits import LimitState, Refusal, check, rate_limits
@@ -53,14 +54,14 @@ class Admission:
         self._clock = clock
         self._undecided: dict[str, _Undecided] = {}
 
-    async def decide(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
-        """Reserves what it admits. Cheap refusals come first, and one that waits holds up no other. Raises
-        MeterError."""
+    async def decide(self, request: AdmissionRequest) -> Admitted:
+        """Reserves what it admits. Cheap refusals come first, and one that waits holds up no other. Raises NotAdmitted,
+        and another MeterError where it cannot be decided now."""
         self._reservations.cancel(request.request_id)  # asked before, and the answer was lost
         owner, size = owner_of(request.key_id, request.team), sum(map(len, request.prompts))
         has = self._undecided.get(owner, _Undecided(0, 0))
         if has.requests >= _MAX_UNDECIDED or (has.requests and has.size + size > _MAX_UNDECIDED_SIZE):
-            return _too_many_at_once(request)
+            raise _too_many_at_once(request)
         self._undecided[owner] = _Undecided(has.requests + 1, has.size + size)
         try:
             return await self._decide(request)
@@ -69,25 +70,21 @@ class Admission:
             if has.requests > 1:
                 self._undecided[owner] = _Undecided(has.requests - 1, has.size - size)
 
-    async def _decide(self, request: AdmissionRequest) -> Admitted | AdmissionRefused:
+    async def _decide(self, request: AdmissionRequest) -> Admitted:
         key = await self._keys.find(request.key_id)
         if key is None:
-            return AdmissionRefused("invalid_api_key", "This API key was revoked or has expired.")
+            raise NotAdmitted("invalid_api_key", "This API key was revoked or has expired.")
         entry = self._catalog.find(request.model)
         if entry is None:
-            return AdmissionRefused("model_not_found", f"The model `{request.model}` does not exist.", param="model")
+            raise NotAdmitted("model_not_found", f"The model `{request.model}` does not exist.", param="model")
         model = entry.model
         if not model.usable_with(key.record.models):
-            return AdmissionRefused(
-                "model_not_allowed", f"This API key may not use the model `{model.name}`.", param="model"
-            )
+            raise NotAdmitted("model_not_allowed", f"This API key may not use the model `{model.name}`.", param="model")
         now, states = await self._states(key)
         refusal = _foreseeable(request, model, states, now)
         if refusal is not None:
-            return _refused(refusal, states, now)
+            raise _refused(refusal, states, now)
         token_ids = await encode_prompts(entry, request)
-        if isinstance(token_ids, AdmissionRefused):
-            return token_ids
         return self._reserve(request, model, token_ids, *await self._states(key))
 
     def _reserve(
@@ -97,18 +94,18 @@ class Admission:
         token_ids: list[list[int]],
         now: float,
         states: tuple[LimitState, ...],
-    ) -> Admitted | AdmissionRefused:
+    ) -> Admitted:
         """Not a coroutine: nothing may happen between the check and the reservation."""
         if self._reservations.is_settled(request.request_id):
             # Nobody waits for this answer, and nobody would settle the reservation.
-            return AdmissionRefused("rate_limit_exceeded", "The request was given up before it could be admitted.")
+            raise NotAdmitted("rate_limit_exceeded", "The request was given up before it could be admitted.")
         self._reservations.cancel(request.request_id)  # of an attempt that was tokenizing at the same time
         self._reservations.ensure_room()
         account = _account(request, model, sum(map(len, token_ids)), now)
         demand = demand_of(account)
         refusal = check(states, now, demand)
         if refusal is not None:
-            return _refused(refusal, states, now)
+            raise _refused(refusal, states, now)
         charges = tuple([state.take(now, demand) for state in states])
         self._reservations.reserve(Reservation(account, request.ingress_id, charges), now)
         return Admitted(
@@ -160,9 +157,9 @@ def _foreseeable(
     return refusal
 
 
-def _too_many_at_once(request: AdmissionRequest) -> AdmissionRefused:
+def _too_many_at_once(request: AdmissionRequest) -> NotAdmitted:
     whose = "this key" if request.team is None else f"the team {request.team}"
-    return AdmissionRefused(
+    return NotAdmitted(
         "rate_limit_exceeded",
         f"Too many requests of {whose} wait to be admitted: at most {_MAX_UNDECIDED} at a time, with at most "
         f"{_MAX_UNDECIDED_SIZE} characters and token ids together.",
@@ -170,8 +167,8 @@ def _too_many_at_once(request: AdmissionRequest) -> AdmissionRefused:
     )
 
 
-def _refused(refusal: Refusal, states: Sequence[LimitState], now: float) -> AdmissionRefused:
-    return AdmissionRefused(
+def _refused(refusal: Refusal, states: Sequence[LimitState], now: float) -> NotAdmitted:
+    return NotAdmitted(
         refusal.code,
         refusal.message,
         retry_after_s=refusal.retry_after_s,

@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from deployments.contracts import Account, AdmissionRequest, Admitted, Settlement
+from deployments.contracts import Account, AdmissionRefused, AdmissionRequest, Admitted, Settlement
+from deployments.meter.errors import NotAdmitted
 from deployments.meter.keys.keys import key_digest
 from deployments.meter.meter import Meter, MeterSettings
 from tests.sqlite import new_database
 
-__all__ = ["ADMIN_KEY", "Clock", "running_meter", "settlement"]
+__all__ = ["ADMIN_KEY", "Clock", "answer_of", "running_meter", "settlement"]
 
 ADMIN_KEY = "sk-ms-test"
 
@@ -79,3 +80,11 @@ def settlement(
         "total_s": 0.2,
     }
     return Settlement(account, **(values | changes))
+
+
+async def answer_of(meter: Meter, request: AdmissionRequest) -> Admitted | AdmissionRefused:
+    """As MeterService answers it. Raises as Meter.admit, but for refusals."""
+    try:
+        return await meter.admit(request)
+    except NotAdmitted as refused:
+        return refused.refusal

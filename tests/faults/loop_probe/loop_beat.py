@@ -3,9 +3,8 @@ own doing.
 
 A beat may also be late because other processes have the CPUs, or other machines of the same host, which says nothing of
 the code. So of its delay the time is taken off that the loop's thread waited for a CPU, and what the host took from the
-machine for certain; and no more counts than the process has computed meanwhile: in the loop's thread, or in another that
-held the interpreter. Imports nothing of the project, since sitecustomize.py runs it
-in every process of a cluster.
+machine for certain. No more counts than the process has computed meanwhile: in the loop's thread, or in another that
+held the interpreter. Imports nothing of the project, since sitecustomize.py runs it in every process of a cluster.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from deployments.meter.errors import (
 )
 from deployments.meter.meter import Meter
 from deployments.meter.worker_threads import WorkerThreads
-from tests.deployments.meter.running_meter import running_meter, settlement
+from tests.deployments.meter.running_meter import answer_of, running_meter, settlement
 from tests.deployments.meter.tiny_tokenizer import BEGIN_ID, save_tiny_tokenizer
 
 CONTEXT = 64
@@ -68,21 +68,21 @@ def ask(
 
 
 async def admitted(meter: Meter, request: AdmissionRequest) -> list[list[int]]:
-    answer = await meter.admit(request)
+    answer = await answer_of(meter, request)
     assert isinstance(answer, Admitted), answer
     return answer.token_ids
 
 
 async def unavailable(meter: Meter, request: AdmissionRequest) -> str:
     """Why it cannot be decided now."""
-    answer = await meter.admit(request)
+    answer = await answer_of(meter, request)
     assert isinstance(answer, AdmissionRefused), answer
     assert answer.code == "unavailable"
     return answer.message
 
 
 async def refused(meter: Meter, request: AdmissionRequest) -> AdmissionRefused:
-    answer = await meter.admit(request)
+    answer = await answer_of(meter, request)
     assert isinstance(answer, AdmissionRefused), answer
     assert meter.counters().open_reservations == 0
     return answer
@@ -127,7 +127,7 @@ async def test_an_added_token_beyond_a_gap_is_in_the_vocabulary(meter: Meter, tm
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     meter.set_models([MeteredModel("tiny", tmp_path, CONTEXT)])
     assert await admitted(meter, ask([0, 400])) == [[0, 400]]
-    refusal = await meter.admit(ask([401]))
+    refusal = await answer_of(meter, ask([401]))
     assert isinstance(refusal, AdmissionRefused)
     assert "0 <= id < 401" in refusal.message
 
@@ -237,7 +237,7 @@ async def test_the_context_is_checked_after_the_cut(meter: Meter, prompt: str | 
 
 async def test_what_is_reserved_is_what_is_left_of_the_prompts(meter: Meter) -> None:
     request = ask([1] * 50, "z" * 50, [1], max_tokens=6, choices=2, truncate_prompt_tokens=5)
-    answer = await meter.admit(request)
+    answer = await answer_of(meter, request)
     assert isinstance(answer, Admitted)
     assert answer.reserved_tokens == (5 + 5 + 1) + 3 * 2 * 6
 
@@ -245,7 +245,7 @@ async def test_what_is_reserved_is_what_is_left_of_the_prompts(meter: Meter) -> 
 @pytest.mark.parametrize("prompt", [[1, 10_000, 2], [10_000, 1, 2], [1, 2, 10_000]])
 async def test_tokens_that_are_cut_off_are_not_looked_at(meter: Meter, prompt: list[int]) -> None:
     for side, kept in (("right", prompt[:1]), ("left", prompt[-1:])):
-        answer = await meter.admit(ask(prompt, truncate_prompt_tokens=1, truncation_side=side))
+        answer = await answer_of(meter, ask(prompt, truncate_prompt_tokens=1, truncation_side=side))
         if kept == [10_000]:
             assert isinstance(answer, AdmissionRefused)
             assert (answer.code, answer.param) == ("token_out_of_vocabulary", "prompt")
@@ -264,7 +264,9 @@ async def test_tokens_that_are_cut_off_are_not_looked_at(meter: Meter, prompt: l
 async def test_what_is_admitted_is_never_empty_fits_and_is_an_end_of_the_prompt(
     meter: Meter, prompts: list[str | list[int]], keep: int | None, side: str, max_tokens: int
 ) -> None:
-    answer = await meter.admit(ask(*prompts, max_tokens=max_tokens, truncate_prompt_tokens=keep, truncation_side=side))
+    answer = await answer_of(
+        meter, ask(*prompts, max_tokens=max_tokens, truncate_prompt_tokens=keep, truncation_side=side)
+    )
     wholes = [prompt if isinstance(prompt, list) else (await whole_of(meter, prompt)) for prompt in prompts]
     limit = CONTEXT - max_tokens if keep == -1 else keep
     lengths = [len(whole) if limit is None else min(len(whole), max(1, limit)) for whole in wholes]
@@ -355,13 +357,13 @@ async def test_the_catalogue_is_replaced_at_run_time(meter: Meter, tmp_path: Pat
     longer = MeteredModel("tiny", tmp_path / "tiny", max_model_len=2 * CONTEXT)
 
     meter.set_models([longer, other])
-    unlisted = await meter.admit(ask("the mill", model="roomy"))
+    unlisted = await answer_of(meter, ask("the mill", model="roomy"))
     assert isinstance(unlisted, AdmissionRefused)
     assert (await admitted(meter, ask("mill", model="other")))[0][0] == BEGIN_ID
     await admitted(meter, ask("z" * 100))
 
     meter.set_models([])
-    gone = await meter.admit(ask("the mill"))
+    gone = await answer_of(meter, ask("the mill"))
     assert isinstance(gone, AdmissionRefused)
     await meter.settle([settlement("before")])  # a request outlives its model
 
@@ -421,7 +423,7 @@ async def test_what_cannot_be_decided_holds_up_nothing_else_of_its_batch(meter: 
     models = [MeteredModel("tiny", tmp_path / "tiny", 10_000), MeteredModel("broken", tmp_path / "none", CONTEXT)]
     meter.set_models(models)
     broken, long = await asyncio.gather(
-        meter.admit(ask("the mill", model="broken")), meter.admit(ask("long " * 1000, request_id="long"))
+        answer_of(meter, ask("the mill", model="broken")), answer_of(meter, ask("long " * 1000, request_id="long"))
     )
     assert isinstance(broken, AdmissionRefused)
     assert broken.code == "unavailable"

@@ -36,7 +36,7 @@ from deployments.meter.errors import LedgerUnavailable
 from deployments.meter.keys.keys import key_digest
 from deployments.meter.ledger.ledger import Ledger
 from deployments.meter.meter import Meter, steady_clock
-from tests.deployments.meter.running_meter import Clock, running_meter, settlement
+from tests.deployments.meter.running_meter import Clock, answer_of, running_meter, settlement
 from tests.deployments.meter.tiny_tokenizer import save_tiny_tokenizer
 
 NOON = datetime(2024, 2, 28, 12, tzinfo=UTC).timestamp()
@@ -92,13 +92,13 @@ def ask(key: KeyRecord, clock: Clock, **changes: Any) -> AdmissionRequest:
 
 
 async def admitted(meter: Meter, request: AdmissionRequest) -> Admitted:
-    answer = await meter.admit(request)
+    answer = await answer_of(meter, request)
     assert isinstance(answer, Admitted), answer
     return answer
 
 
 async def refused(meter: Meter, request: AdmissionRequest) -> AdmissionRefused:
-    answer = await meter.admit(request)
+    answer = await answer_of(meter, request)
     assert isinstance(answer, AdmissionRefused), answer
     return answer
 
@@ -207,7 +207,7 @@ async def test_a_team_limits_all_its_keys_together_and_a_refusal_takes_nothing(m
 
 async def test_many_at_once_are_admitted_up_to_the_limit_exactly(meter: Meter, clock: Clock) -> None:
     key = await make_key(meter, tokens_per_minute=7 * RESERVED, tokens_per_day=1000)
-    answers = await asyncio.gather(*(meter.admit(ask(key, clock)) for _ in range(20)))
+    answers = await asyncio.gather(*(answer_of(meter, ask(key, clock)) for _ in range(20)))
     assert sum(isinstance(answer, Admitted) for answer in answers) == 7
 
 
@@ -255,7 +255,7 @@ async def test_whatever_happens_no_minute_holds_more_than_the_limits(
     for prompt_tokens, max_tokens, pause_s, used, ends in requests:
         clock.now += pause_s
         request = ask(key, clock, prompts=[[7] * prompt_tokens], max_tokens=max_tokens)
-        answer = await meter.admit(request)
+        answer = await answer_of(meter, request)
         if isinstance(answer, AdmissionRefused):
             assert answer.retry_after_s is not None
             clock.now += answer.retry_after_s
@@ -408,7 +408,7 @@ async def test_refused_requests_have_rows_only_where_asked(tmp_path: Path, clock
     async with opened(tmp_path, clock, record_refusals=recorded) as meter:
         key = await make_key(meter, requests_per_minute=1)
         for _ in range(3):
-            await meter.admit(ask(key, clock))
+            await answer_of(meter, ask(key, clock))
     async with opened(tmp_path, clock) as meter:
         expected = {"refused": UsageRow(2, 0, 0, 0, 0.0, status="refused")} if recorded else {}
         assert await by_status(meter) == expected
@@ -420,7 +420,7 @@ async def test_while_the_database_is_away_requests_without_quotas_go_on(tmp_path
         admin = AdmissionRequest("cmpl-admin", "admin", "tiny", [PROMPT], MAX_TOKENS, 1, started_at=NOON)
         await meter.settle([settlement(admin, await admitted(meter, admin))])
         assert (meter.counters().spooled, meter.counters().open_reservations) == (1, 0)
-        unknown = await meter.admit(AdmissionRequest("cmpl-1", "key-1", "tiny", [PROMPT], MAX_TOKENS, 1))
+        unknown = await answer_of(meter, AdmissionRequest("cmpl-1", "key-1", "tiny", [PROMPT], MAX_TOKENS, 1))
         assert isinstance(unknown, AdmissionRefused)
         assert unknown.code == "unavailable"
         with pytest.raises(LedgerUnavailable):
@@ -443,7 +443,7 @@ async def test_usage_that_cannot_be_told_admits_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "used_since", fails)
-        refused = await meter.admit(ask(key, clock))
+        refused = await answer_of(meter, ask(key, clock))
         assert isinstance(refused, AdmissionRefused)
         assert (refused.code, refused.message) == (
             "unavailable",
@@ -457,7 +457,7 @@ async def test_a_full_spool_admits_nothing(meter: Meter, clock: Clock, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "full", True)
         with pytest.raises(LedgerUnavailable, match="spool is full"):
-            await meter.admit(ask(key, clock))
+            await answer_of(meter, ask(key, clock))
     await admitted(meter, ask(key, clock))
 
 
