@@ -268,7 +268,7 @@ class EngineStep(msgspec.Struct, frozen=True, array_like=True):
     """0, 1, 2, … without gaps per stream."""
     load: EngineLoad
     deltas: list[TokenDelta]
-    heard: int = 0
+    acknowledged: int = 0
     """The last generation that was submitted: it and all before it are accepted, but for those that were `refused`."""
     refused: list[int] = []
     """Generations for which the queue has no room, since the message before."""

@@ -33,7 +33,7 @@ from deployments.contracts import (
 )
 from deployments.engine.demand import ReplicaDemand
 from deployments.engine.engine import Engine, EngineQueueFull, EngineUnhealthy
-from deployments.engine.orphans import OrphanedRequests, Tabs
+from deployments.engine.orphans import OrphanedRequests, RequestUsages
 from deployments.engine.step_outbox import StepOutbox
 from deployments.scaling.decision import ReplicaSignals
 
@@ -61,7 +61,7 @@ class _Stream:
     outbox: StepOutbox
     keys: dict[int, str] = field(default_factory=dict)
     """Generation number on this stream -> key in the engine."""
-    tabs: Tabs = field(default_factory=Tabs)
+    usages: RequestUsages = field(default_factory=RequestUsages)
     arriving: set[int] = field(default_factory=set)
     """Generations that the engine does not have yet, and that nobody has aborted."""
 
@@ -80,10 +80,10 @@ class _Arrival(NamedTuple):
 class EngineReplica:
     """Feeds one step stream per ingress replica from one engine."""
 
-    def __init__(self, engine: Engine, orphanage: OrphanedRequests, *, start_up_s: float = 0.0) -> None:
+    def __init__(self, engine: Engine, orphans: OrphanedRequests, *, start_up_s: float = 0.0) -> None:
         """`start_up_s`: how long it took until the engine could be used."""
         self._engine = engine
-        self._orphanage = orphanage
+        self._orphans = orphans
         engine.on_death = self._end_streams
         self._streams: dict[str, _Stream] = {}
         self._arrivals: deque[_Arrival] = deque()
@@ -101,7 +101,7 @@ class EngineReplica:
             finished_per_s=self._demand.ends_per_s(time.monotonic()),
             start_up_s=self._start_up_s,
             max_num_seqs=self._engine.max_num_seqs,
-            unsettled=self._orphanage.unsettled,
+            unsettled=self._orphans.unsettled,
         )
 
     def signals(self) -> ReplicaSignals:
@@ -131,7 +131,7 @@ class EngineReplica:
     async def steps(self, stream_id: str) -> AsyncGenerator[bytes, None]:
         """Open the step stream `stream_id` and yield packed `EngineStep` messages until the caller goes away."""
         ingress = stream_id.rpartition("#")[0]  # as ReplicaStream names its connections
-        self._orphanage.returned(ingress)
+        self._orphans.returned(ingress)
         await self._engine.check_health()
         stream = _Stream(StepOutbox(self.load))
         self._streams[stream_id] = stream
@@ -146,7 +146,7 @@ class EngineReplica:
             stream.arriving.clear()
             self._aborts.extend(stream.keys.values())
             self._hand_over_on()
-            self._orphanage.take(ingress, stream.tabs)
+            self._orphans.take(ingress, stream.usages)
             log.info("step stream closed", stream=stream_id, aborted=len(stream.keys))
 
     def take_commands(self, stream_id: str, commands: bytes) -> None:
@@ -156,7 +156,7 @@ class EngineReplica:
         if stream is None:
             return
         asked = unpack(commands, EngineCommands)
-        stream.tabs.release(asked.released)
+        stream.usages.release(asked.released)
         for packed in asked.submissions:
             self._queue(stream, packed)
         for generation in asked.aborted:
@@ -207,7 +207,7 @@ class EngineReplica:
                     prompt_tokens += len(arrival.submission.token_ids)
                 self._try_to_submit(arrival)
             else:
-                arrival.stream.outbox.heard(arrival.generation)
+                arrival.stream.outbox.acknowledge(arrival.generation)
         self._handing_over = bool(self._aborts or self._arrivals)
         if self._handing_over:
             asyncio.get_running_loop().call_soon(self._hand_over)
@@ -222,7 +222,7 @@ class EngineReplica:
                 self._engine.abort(key)
             stream.outbox.push(TokenDelta(generation, [], "failed", message=repr(error)))
             accepted = True
-        stream.outbox.heard(generation, refused=not accepted)
+        stream.outbox.acknowledge(generation, refused=not accepted)
 
     def _submit(self, arrival: _Arrival) -> bool:
         """False when the engine's queue is full."""
@@ -253,7 +253,7 @@ class EngineReplica:
                 stream.keys.pop(generation, None)
                 self._demand.ended(generated)
             if token_ids:
-                tab.count(choice, len(token_ids), 0 if submission.resumed else cached_tokens)
+                usage.count(choice, len(token_ids), 0 if submission.resumed else cached_tokens)
             stream.outbox.push(
                 TokenDelta(
                     generation, token_ids, finish_reason, cached_tokens, message, param, logprobs, prompt_logprobs
@@ -261,12 +261,12 @@ class EngineReplica:
             )
 
         stream.keys[generation] = key
-        tab = stream.tabs.open(submission, choice)
+        usage = stream.usages.open(submission, choice)
         try:
             self._engine.submit(key, submission.token_ids, sampling, deliver, resumed=submission.resumed)
         except EngineQueueFull:
             del stream.keys[generation]
-            stream.tabs.refuse(submission, choice)
+            stream.usages.refuse(submission, choice)
             return False
         self._demand.arrived(prompt_tokens)
         return True
@@ -281,7 +281,7 @@ class EngineReplica:
 
     async def shutdown(self) -> None:
         self._end_streams()
-        self._orphanage.close()
+        self._orphans.close()
         await self._engine.shutdown()
 
     def _end_streams(self) -> None:

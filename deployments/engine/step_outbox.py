@@ -38,7 +38,7 @@ class StepOutbox:
         self._news = asyncio.Event()
         self._closed = False
         self._sequence = 0
-        self._heard = 0
+        self._acknowledged = 0
         self._refused: list[int] = []
 
     def push(self, delta: TokenDelta) -> None:
@@ -51,9 +51,9 @@ class StepOutbox:
         self._logprobs = self._logprobs or delta.logprobs is not None or delta.prompt_logprobs is not None
         self._news.set()
 
-    def heard(self, generation: int, *, refused: bool = False) -> None:
+    def acknowledge(self, generation: int, *, refused: bool = False) -> None:
         """It was submitted, and is the last one so far."""
-        self._heard = generation
+        self._acknowledged = generation
         if refused:
             self._refused.append(generation)
         self._news.set()
@@ -102,7 +102,7 @@ class StepOutbox:
         return self._step(deltas)
 
     def _step(self, deltas: list[TokenDelta]) -> EngineStep:
-        step = EngineStep(self._sequence, self._load(), deltas, self._heard, self._refused)
+        step = EngineStep(self._sequence, self._load(), deltas, self._acknowledged, self._refused)
         self._refused = []
         self._sequence += 1
         return step

@@ -55,7 +55,7 @@ class _Ingress:
             outbox_folder=Path(home) / "outbox",
             admission_timeout_s=admission_timeout_s,
         )
-        self._rounds = WriteScheduler()
+        self._writes = WriteScheduler()
         self._catalog = Catalog(self._pools.existing, self._open_pool, self._pools.forget_others)
         self._settings = IngressSettings(
             request_body_limit_bytes,
@@ -102,8 +102,8 @@ class _Ingress:
             lambda replica_id: self._pools.replica(entry.application, replica_id),
             ingress_id=self._ingress_id,
             limits=entry.limits,
-            rounds=self._rounds,
-            note=self._meter.note,
+            writes=self._writes,
+            checkpoint=self._meter.checkpoint,
         )
         watch_replicas(entry.application, pool.replicas_changed)
         return pool

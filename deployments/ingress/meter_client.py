@@ -141,9 +141,9 @@ class MeterClient:
         """Record what a request used. Never waits, and survives this process; `acknowledged` once it is committed."""
         self._outbox.put(self.meter_of(settlement.account.key_id, settlement.account.team), settlement, acknowledged)
 
-    def note(self, meter: str, settlement: Settlement) -> None:
+    def checkpoint(self, meter: str, settlement: Settlement) -> None:
         """What a request has used so far, in case this process does not live to settle it."""
-        self._outbox.note(meter, settlement)
+        self._outbox.checkpoint(meter, settlement)
 
     async def administer(self, command: AdministrationCommand) -> AdministrationAnswer:
         """Raises ServiceUnavailable."""
@@ -188,7 +188,7 @@ class MeterClient:
         return answer
 
     async def _settle(self, name: str, settlements: list[Settlement]) -> None:
-        # A meter that is no more may be named in an adopted outbox; any other records as well.
+        # A meter that is no more may be named in an recovered outbox; any other records as well.
         meter = self._meters.get(name) or self._meters[self._names[0]]
         await meter.settle(pack(settlements))
 

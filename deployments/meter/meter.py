@@ -335,4 +335,4 @@ def _open_spool(settings: MeterSettings) -> Spool:
             number = path.stem.removeprefix("settlements-")
             if number.isdecimal() and int(number) >= settings.shards:
                 left.append(path)
-    return Spool(settings.folder, f"settlements-{settings.shard}", adopt=left)
+    return Spool(settings.folder, f"settlements-{settings.shard}", recover=left)

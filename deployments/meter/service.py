@@ -13,8 +13,8 @@ __all__ = ["MeterService"]
 
 
 class MeterService:
-    """The methods of deployments/meter/remote/meter_transport.py. Each raises as that of Meter, but a refusal of `admit`
-    is an answer."""
+    """The methods of deployments/meter/remote/meter_transport.py. Each raises as that of Meter, but a refusal of
+    `admit` is an answer."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter

@@ -3,11 +3,11 @@
 Each process that witnesses what requests use, ingress or engine replica, has one outbox: a dictionary, and beside it a
 file to which each settlement is appended before anybody is told that its request has ended. The file outlives a process
 that is killed (not a power cut: it is not synced, since the meter syncs milliseconds later), and whoever of the same
-node finds that its owner is gone adopts it. A lock on the file tells that its owner lives; the kernel lets go of it
+node finds that its owner is gone recovers it. A lock on the file tells that its owner lives; the kernel lets go of it
 when a process dies, however it dies.
 
-A note is what a request has used so far, for the case that this process dies before it can settle it: it is in the file
-alone, and sent by whoever adopts that.
+A checkpoint is what a request has used so far, for the case that this process dies before it can settle it: it is in
+the file alone, and sent by whoever recovers that.
 
 What is sent twice is recorded once (deployments/meter/ledger/ledger.py).
 """
@@ -73,16 +73,16 @@ class SettlementOutbox:
         self._call_limit_s = call_limit_s
         self._waiting: dict[str, dict[tuple[str, str], _Waiting]] = {}
         """By meter, then by request and witness."""
-        self._notes: dict[str, tuple[str, Settlement]] = {}
+        self._checkpoints: dict[str, tuple[str, Settlement]] = {}
         """By request, with its meter."""
         self._senders: dict[str, asyncio.Task[None]] = {}
-        self._adopter: asyncio.Task[None] | None = None
+        self._recovery: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
         self._bytes = 0
         self._compact_at_bytes = _COMPACT_BYTES
         self._rewrite: RecordRewrite | None = None
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = open_locked(self._path, wait=True)  # another may just be adopting what was left
+        self._file = open_locked(self._path, wait=True)  # another may just be recovering what was left
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -95,42 +95,42 @@ class SettlementOutbox:
     # --- in the order in which they happen --------------------------------------------------------------------------
 
     async def start(self) -> None:
-        self._adopter = asyncio.create_task(self._adopt_loop(), name="settlements-adopter")
+        self._recovery = asyncio.create_task(self._recover_loop(), name="settlements-recovery")
 
     def put(self, meter: str, settlement: Settlement, acknowledged: Callable[[], None] | None = None) -> None:
         """Never waits and never fails: from now on the settlement will be recorded, even if this process is killed,
         unless its disk is full as well. `acknowledged` is called once the meter has it."""
         self._keep(meter, settlement)
-        self._notes.pop(settlement.account.request_id, None)
+        self._checkpoints.pop(settlement.account.request_id, None)
         self._queue(meter, settlement, acknowledged)
 
-    def note(self, meter: str, settlement: Settlement) -> None:
+    def checkpoint(self, meter: str, settlement: Settlement) -> None:
         """Like `put`, but sent only if this process dies before it puts a settlement of the same request or withdraws
         this. Nothing where one of this process waits already."""
         request_id = settlement.account.request_id
         if (request_id, "ingress") not in self._waiting.get(meter, {}):
             self._keep(meter, settlement)
-            self._notes[request_id] = (meter, settlement)
+            self._checkpoints[request_id] = (meter, settlement)
 
     def withdraw(self, request_ids: Iterable[str]) -> None:
-        """Their notes are not needed any more."""
+        """Their checkpoints are not needed any more."""
         for request_id in request_ids:
-            self._notes.pop(request_id, None)
+            self._checkpoints.pop(request_id, None)
         self._try_to_shorten()
 
     async def close(self, limit_s: float = 10.0) -> None:
         """Give the meters a bounded time to take what waits; what they do not take stays in the file. Safe twice."""
-        if self._adopter is not None:
-            self._adopter.cancel()
-            await asyncio.wait([self._adopter])
-            self._adopter = None
+        if self._recovery is not None:
+            self._recovery.cancel()
+            await asyncio.wait([self._recovery])
+            self._recovery = None
         try:
             async with asyncio.timeout(limit_s):
                 while len(self):
                     self._emptied.clear()
                     await self._emptied.wait()
         except TimeoutError:
-            log.error("settlements left to be adopted", count=len(self), file=self._path.name)
+            log.error("settlements left to be recovered", count=len(self), file=self._path.name)
         for sender in self._senders.values():
             sender.cancel()
         if self._senders:
@@ -138,7 +138,7 @@ class SettlementOutbox:
         self._senders.clear()
         self._abandon_rewrite()
         if self._file >= 0:
-            if not (len(self) or self._notes):
+            if not (len(self) or self._checkpoints):
                 self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
@@ -198,7 +198,7 @@ class SettlementOutbox:
             self._compact_at_bytes = 2 * self._bytes + _COMPACT_BYTES
 
     def _shorten(self) -> None:
-        if not (len(self) or self._notes):
+        if not (len(self) or self._checkpoints):
             self._abandon_rewrite()
             os.ftruncate(self._file, 0)
             self._bytes = 0
@@ -209,10 +209,10 @@ class SettlementOutbox:
             self._compact()
 
     def _compact(self) -> None:
-        """Only what waits and is noted, in a new file that takes the place of the old one once a thread has made it."""
+        """Only what waits, and the checkpoints, in a new file that takes the place of the old one once it is made."""
         waiting = [(meter, list(some.values())) for meter, some in self._waiting.items()]
-        notes = list(self._notes.values())
-        entries = chain(((meter, each.settlement) for meter, some in waiting for each in some), notes)
+        kept = list(self._checkpoints.values())
+        entries = chain(((meter, each.settlement) for meter, some in waiting for each in some), kept)
         self._rewrite = RecordRewrite(self._path, (pack(_Entry(meter, settlement)) for meter, settlement in entries))
 
     def _put_in_place(self, rewrite: RecordRewrite) -> None:
@@ -230,21 +230,21 @@ class SettlementOutbox:
 
     # --- adoption ---------------------------------------------------------------------------------------------------
 
-    async def _adopt_loop(self) -> None:
+    async def _recover_loop(self) -> None:
         while True:
             try:
-                await self.adopt()
-            except Exception as error:  # whatever it is: without this task nothing would ever be adopted again
+                await self.recover()
+            except Exception as error:  # whatever it is: without this task nothing would ever be recovered again
                 log.error("outboxes not looked through", reason=repr(error))
             await asyncio.sleep(_ADOPT_S)
 
-    async def adopt(self) -> None:
+    async def recover(self) -> None:
         """Take over what processes that are gone have left in the folder."""
         for path in self._folder.glob(f"*{_SUFFIX}"):
             if path != self._path:
-                await self._adopt(path)
+                await self._recover(path)
 
-    async def _adopt(self, path: Path) -> None:
+    async def _recover(self, path: Path) -> None:
         with left_behind(path) as records:
             if records is not None:
                 await self._take_over(path, records)
@@ -258,7 +258,7 @@ class SettlementOutbox:
                 continue
             self.put(entry.meter, entry.settlement)
             log.info(
-                "settlement adopted",
+                "settlement recovered",
                 request=entry.settlement.account.request_id,
                 witness=entry.settlement.witness,
                 parts=entry.settlement.parts,

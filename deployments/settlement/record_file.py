@@ -1,6 +1,6 @@
 """Files of records that outlive the process that writes them: appended whole, and a torn end is told from a record.
 
-A process has its file locked for as long as it lives. What it leaves is adopted by another.
+A process has its file locked for as long as it lives. What it leaves is recovered by another.
 
 A record is its length, at least 1, and its CRC-32, four bytes each, little-endian, and then its bytes. A process that
 is killed while it appends leaves less than that at the end of the file, which the reader cuts off.
@@ -46,7 +46,7 @@ def open_locked(path: Path, *, create: bool = True, wait: bool = False) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # adopted and unlinked, or replaced, before it could be locked
+        os.close(file)  # recovered and unlinked, or replaced, before it could be locked
 
 
 def _stands_at(file: int, path: Path) -> bool:
@@ -59,7 +59,7 @@ def _stands_at(file: int, path: Path) -> bool:
 @contextmanager
 def left_behind(path: Path) -> Iterator[list[bytes] | None]:
     """The records of a file that its process has left, and removes it once they are taken over. None while its process
-    lives, and when another has adopted it."""
+    lives, and when another has recovered it."""
     try:
         file = open_locked(path, create=False)
     except (BlockingIOError, FileNotFoundError):

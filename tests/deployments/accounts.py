@@ -16,22 +16,22 @@ class RecordedOutbox:
     def __init__(self) -> None:
         self.settled: list[tuple[str, Settlement]] = []
         """In their order, with the meter of each."""
-        self.notes: dict[str, Settlement] = {}
+        self.checkpoints: dict[str, Settlement] = {}
         """By request."""
 
     def __len__(self) -> int:
         return 0  # taken at once
 
     def put(self, meter: str, settlement: Settlement) -> None:
-        self.notes.pop(settlement.account.request_id, None)
+        self.checkpoints.pop(settlement.account.request_id, None)
         self.settled.append((meter, settlement))
 
-    def note(self, _meter: str, settlement: Settlement) -> None:
-        self.notes[settlement.account.request_id] = settlement
+    def checkpoint(self, _meter: str, settlement: Settlement) -> None:
+        self.checkpoints[settlement.account.request_id] = settlement
 
     def withdraw(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
-            self.notes.pop(request_id, None)
+            self.checkpoints.pop(request_id, None)
 
 
 def account(request_id: str, **fields: Any) -> Account:

@@ -262,7 +262,7 @@ class Campaign:
                 try:
                     response = await client.get("/metrics")
                     left_bytes = sum(file.stat().st_size for file in outboxes.iterdir())
-                except (httpx.HTTPError, FileNotFoundError):  # a file was adopted meanwhile
+                except (httpx.HTTPError, FileNotFoundError):  # a file was recovered meanwhile
                     calm = 0
                     continue
                 gauges = _sums(response.text) if response.status_code == 200 else {}
@@ -333,7 +333,7 @@ def _violations_of_witnesses(rows: Mapping[str, Any], logs: Path) -> Iterator[st
                     continue  # cut off by a kill, or another's line
                 if told.get("event") == "request settled":
                     ingress.setdefault(told["request"], []).append(told["completion_tokens"])
-                elif told.get("event") == "orphan" or (told.get("event") == "settlement adopted" and told["parts"]):
+                elif told.get("event") == "orphan" or (told.get("event") == "settlement recovered" and told["parts"]):
                     parts = engines.setdefault(told["request"], {})
                     for choice, tokens in told["parts"].items():
                         parts[choice] = max(parts.get(choice, 0), tokens)

@@ -51,14 +51,14 @@ class DeltaQueue:
     Bounded by the tokens the request may generate.
     """
 
-    def __init__(self, rounds: WriteScheduler) -> None:
-        self._rounds = rounds
+    def __init__(self, writes: WriteScheduler) -> None:
+        self._writes = writes
         self._news: list[GenerationEvent] = []
         self._arrived = asyncio.Event()
 
     def put(self, news: GenerationEvent) -> None:
         if not self._news:
-            self._rounds.join(self._arrived.set)
+            self._writes.join(self._arrived.set)
         self._news.append(news)
 
     def wake(self) -> None:

@@ -120,7 +120,7 @@ class Inference(ABC, Generic[D]):
         self._first_token_s: float | None = None
         self._token_at = 0.0
         """When the last ones came, by `time.perf_counter`."""
-        self._deltas = DeltaQueue(model.pool.rounds)
+        self._deltas = DeltaQueue(model.pool.writes)
         self._left: list[GenerationEvent] = []
         """Taken out of it, for the next turns of the event loop."""
         self._is_cheap = asked.sampling.logprobs is None and asked.sampling.logprob_token_ids is None

@@ -18,7 +18,7 @@ __all__ = ["ModelEntry", "Pool", "RequestedModel"]
 class Pool(Protocol):
     """The engine replicas of one model."""
 
-    rounds: WriteScheduler
+    writes: WriteScheduler
 
     @property
     def cold(self) -> bool: ...

@@ -20,7 +20,7 @@ import msgspec
 import structlog
 
 from deployments.contracts import DurationHistogram, PoolCounters, Settlement
-from deployments.engine.orphans import Tab
+from deployments.engine.orphans import RequestUsage
 from deployments.ingress.errors import GivenUp, ModelNotReady, NotResumable, Overloaded
 from deployments.ingress.inference.generation import Generation, GenerationStream
 from deployments.ingress.inference.write_scheduler import WriteScheduler
@@ -82,17 +82,17 @@ class EnginePool:
         *,
         ingress_id: str,
         limits: PoolLimits,
-        rounds: WriteScheduler,
-        note: Callable[[str, Settlement], None],
+        writes: WriteScheduler,
+        checkpoint: Callable[[str, Settlement], None],
     ) -> None:
-        """`rounds` are those of the process. `note(meter, settlement)` keeps what a request has used on replicas that
-        are lost, should this process be lost before it settles the request."""
+        """`writes` is that of the process. `checkpoint(meter, settlement)` keeps what a request has used on replicas
+        that are lost, should this process be lost before it settles the request."""
         self.model = model
         self.limits = limits
-        self.rounds = rounds
+        self.writes = writes
         self._connect = connect
         self._ingress_id = ingress_id
-        self._note = note
+        self._checkpoint = checkpoint
         self._open_requests: dict[str, list[Generation]] = {}
         """Those that are not settled."""
         self._streams: dict[str, ReplicaStream] = {}
@@ -315,7 +315,7 @@ class EnginePool:
 
     def _note_use(self, request: list[Generation]) -> None:
         account = request[0].account
-        use = Tab(
+        use = RequestUsage(
             account,
             request[0].meter,
             {each.candidate: len(each.tokens) for each in request if each.tokens},
@@ -323,7 +323,7 @@ class EnginePool:
             resumed=sum(each.resumes for each in request),
         )
         if use.tokens:
-            self._note(use.meter, use.settlement(time.time()))
+            self._checkpoint(use.meter, use.settlement(time.time()))
 
     def _place(self, generations: list[Generation], hold_timeout_s: float) -> None:
         """On replicas that have not refused the first of them, or hold them until there is a replica."""

@@ -85,7 +85,7 @@ class ReplicaStream:
         self._transport = transport
         self._name = name
         self._numbers = 0
-        self._unheard: deque[tuple[int, Generation]] = deque()
+        self._unacknowledged: deque[tuple[int, Generation]] = deque()
         """Submitted, and the replica has not told yet whether it takes them."""
         self._line: ReplicaLine | None = None
         self._submissions: list[msgspec.Raw] = []
@@ -109,7 +109,7 @@ class ReplicaStream:
     @property
     def sequences(self) -> int:
         """Generations on the replica, of all ingress replicas: as reported, plus those submitted since."""
-        return max(self.load.running + self.load.waiting + len(self._unheard), len(self.generations))
+        return max(self.load.running + self.load.waiting + len(self._unacknowledged), len(self.generations))
 
     # --- in the order in which they happen --------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class ReplicaStream:
                 continue
             for number, generation in zip(numbers, choices, strict=True):
                 self.generations[number] = generation
-                self._unheard.append((number, generation))
+                self._unacknowledged.append((number, generation))
             self._submissions.append(msgspec.Raw(packed))
         self._send_soon()
 
@@ -230,8 +230,8 @@ class ReplicaStream:
 
     def _apply(self, step: EngineStep) -> None:
         self.load = step.load
-        if self._unheard and self._unheard[0][0] <= step.heard:
-            self._hear(step.heard, frozenset(step.refused))
+        if self._unacknowledged and self._unacknowledged[0][0] <= step.acknowledged:
+            self._acknowledge(step.acknowledged, frozenset(step.refused))
         for delta in step.deltas:
             generation = self.generations.get(delta.generation)
             if generation is None:
@@ -243,11 +243,11 @@ class ReplicaStream:
             generation.deliver(delta)
         self._on_message()
 
-    def _hear(self, heard: int, refused: frozenset[int]) -> None:
-        """Generations up to the number `heard` are accepted, but for those that are `refused`."""
+    def _acknowledge(self, acknowledged: int, refused: frozenset[int]) -> None:
+        """Generations up to the number `acknowledged` are accepted, but for those that are `refused`."""
         unplaced: list[Generation] = []
-        while self._unheard and self._unheard[0][0] <= heard:
-            number, generation = self._unheard.popleft()
+        while self._unacknowledged and self._unacknowledged[0][0] <= acknowledged:
+            number, generation = self._unacknowledged.popleft()
             if number not in refused:
                 generation.accepted()
             elif self._take(number):
@@ -272,11 +272,11 @@ class ReplicaStream:
         """Those that may be why the replica is lost: it has not told of them yet, or their first step was under way.
         vLLM takes sequences into its batch in the order of their arrival, so what waited behind a full batch was
         never looked at."""
-        unheard = {generation for _, generation in self._unheard if not generation.ended}
-        unproven = [each for each in self.generations.values() if not each.proven and each not in unheard]
-        proven = len(self.generations) - len(unproven) - len(unheard)
+        unacknowledged = {generation for _, generation in self._unacknowledged if not generation.ended}
+        unproven = [each for each in self.generations.values() if not each.proven and each not in unacknowledged]
+        proven = len(self.generations) - len(unproven) - len(unacknowledged)
         room = max(1, self.load.max_num_seqs - proven) if self.load.max_num_seqs else len(unproven)
-        return frozenset(unproven[:room]) | unheard
+        return frozenset(unproven[:room]) | unacknowledged
 
     def _lose(self, reason: str, *, drained: bool = False) -> None:
         was_live = self.live
@@ -286,7 +286,7 @@ class ReplicaStream:
             log.info("replica out of rotation", replica=self._name, reason=reason, moving=len(self.generations))
         self.load = EngineLoad()
         self._line = None
-        for commands in (self._unheard, self._released, self._submissions, self._aborted):
+        for commands in (self._unacknowledged, self._released, self._submissions, self._aborted):
             commands.clear()
         self._emptied.set()
         lost = list(self.generations.values())

@@ -47,9 +47,9 @@ class SpooledBatch(NamedTuple):
 class Spool:
     """The files `<name>.spool` and `<name>.rejected` of a folder."""
 
-    def __init__(self, folder: Path, name: str, *, adopt: Iterable[Path] = (), max_records: int = 200_000) -> None:
+    def __init__(self, folder: Path, name: str, *, recover: Iterable[Path] = (), max_records: int = 200_000) -> None:
         """Makes `folder` if missing, takes up what an earlier process of this name has left, and what stands in the
-        files `adopt`, unless they are missing, in use or its own.
+        files `recover`, unless they are missing, in use or its own.
 
         The file holds at most twice `max_records`, and those of one `append` more. Raises OSError when the disk does
         not do what it is asked, BlockingIOError while another process has this spool open.
@@ -65,9 +65,9 @@ class Spool:
         try:
             _sync_folder(folder)
             self._take_up()
-            for path in adopt:
+            for path in recover:
                 if path != self._path:
-                    self._adopt(path)
+                    self._recover(path)
         except BaseException:
             self.close()
             raise
@@ -175,12 +175,12 @@ class Spool:
         if records or torn_bytes:
             log.info("spool taken up", file=self._path.name, settlements=len(records), torn_bytes=torn_bytes)
 
-    def _adopt(self, path: Path) -> None:
+    def _recover(self, path: Path) -> None:
         with left_behind(path) as records:
             if records is None:
                 return
             self._write(records)
-        log.info("spool adopted", file=path.name, settlements=len(records))
+        log.info("spool recovered", file=path.name, settlements=len(records))
 
 
 def _sync_folder(folder: Path) -> None:

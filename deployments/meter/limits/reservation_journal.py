@@ -79,7 +79,7 @@ class ReservationJournal:
         os.ftruncate(self._file, self._bytes)
         counting = _counting([*previous, *_decoded(records)], now)
         if self._shard == 0:
-            counting += self._adopt(now)
+            counting += self._recover(now)
             self.flush()
         self._rotated_at = now
         return sorted(counting, key=lambda each: each.account.admitted_at or 0.0)
@@ -164,8 +164,8 @@ class ReservationJournal:
             self._rotation.abandon()
             self._rotation = None
 
-    def _adopt(self, now: float) -> list[JournaledReservation]:
-        adopted = []
+    def _recover(self, now: float) -> list[JournaledReservation]:
+        recovered = []
         for path in self._folder.glob(f"reservations-*{_SUFFIX}"):
             number = path.stem.removeprefix("reservations-")
             if not number.isdecimal() or int(number) < self._shards:
@@ -181,9 +181,9 @@ class ReservationJournal:
                         self.closed(account.request_id, used_tokens, admitted=reservation.admitted)
                 self.flush()
             _previous(path).unlink(missing_ok=True)
-            log.info("reservations adopted", file=path.name, count=len(left))
-            adopted += left
-        return adopted
+            log.info("reservations recovered", file=path.name, count=len(left))
+            recovered += left
+        return recovered
 
 
 def _path(folder: Path, shard: int) -> Path:

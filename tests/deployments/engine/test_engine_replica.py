@@ -137,7 +137,9 @@ async def test_tokens_travel_on_the_stream_they_were_submitted_on(
         engine.generate("r", [10])
         engine.generate("q", [20], "length")
         step = await take(steps)
-        assert step == EngineStep(1, replica.load(), [TokenDelta(7, [10]), TokenDelta(8, [20], "length")], heard=8)
+        assert step == EngineStep(
+            1, replica.load(), [TokenDelta(7, [10]), TokenDelta(8, [20], "length")], acknowledged=8
+        )
 
 
 @pytest.mark.parametrize("stream_id", ["never-opened", "closed"])
@@ -155,10 +157,10 @@ async def test_a_full_engine_takes_resumed_generations_only(replica: EngineRepli
         submit(replica, "s", submission(1), submission(2, "q", resumed=True), submission(3))
         engine.generate("q", [20])
         step = await take(steps)
-        assert (step.deltas, step.heard, step.refused) == ([TokenDelta(2, [20])], 3, [1, 3])
+        assert (step.deltas, step.acknowledged, step.refused) == ([TokenDelta(2, [20])], 3, [1, 3])
         engine.generate("q", [21])
         step = await take(steps)
-        assert (step.deltas, step.heard, step.refused) == ([TokenDelta(2, [21])], 3, [])
+        assert (step.deltas, step.acknowledged, step.refused) == ([TokenDelta(2, [21])], 3, [])
     assert [key.split("-")[0] for key in engine.aborted] == ["q"]  # the refused ones have nothing to abort
 
 
@@ -266,7 +268,7 @@ async def test_a_submission_is_told_to_have_been_heard_at_once(replica: EngineRe
         begun = loop.time()
         submit(replica, "s", submission(4))
         step = await take(steps)
-        assert (step.deltas, step.heard, step.refused, step.load.running) == ([], 4, [], 1)
+        assert (step.deltas, step.acknowledged, step.refused, step.load.running) == ([], 4, [], 1)
         assert loop.time() - begun < HEARTBEAT_S / 2
 
 
@@ -372,7 +374,7 @@ async def test_two_streams_are_isolated(replica: EngineReplica, engine: Scripted
     await ours.aclose()
     assert engine.aborted == ["r-1"]
     engine.generate("q", [21], "length")
-    assert await take(theirs) == EngineStep(2, replica.load(), [TokenDelta(1, [21], "length")], heard=1)
+    assert await take(theirs) == EngineStep(2, replica.load(), [TokenDelta(1, [21], "length")], acknowledged=1)
     await theirs.aclose()
 
 
@@ -463,7 +465,7 @@ async def test_the_engine_is_handed_a_large_request_in_bounded_turns_of_the_even
             turns.append(len(engine.submitted) - sum(turns))
         assert max(turns) <= 8
         assert [sampling.seed for _, sampling in engine.submitted] == [None, *range(1, 1024)]
-        assert (await take(steps)).heard == 1024
+        assert (await take(steps)).acknowledged == 1024
 
 
 async def test_what_is_aborted_before_the_engine_has_it_never_reaches_it(
@@ -474,7 +476,7 @@ async def test_what_is_aborted_before_the_engine_has_it_never_reaches_it(
         submit(replica, "s", msgspec.structs.replace(submission(1), siblings=siblings))
         abort(replica, "s", *range(1, 101))
         submit(replica, "s", submission(101, "q"))
-        while (await take(steps)).heard < 101:
+        while (await take(steps)).acknowledged < 101:
             pass
         begun = len(engine.submitted) - 1
         assert begun <= 16
@@ -500,4 +502,4 @@ async def test_the_siblings_of_a_submission_that_cannot_be_read_fail_with_it(rep
         replica.take_commands("s", pack(EngineCommands([], [unreadable], [])))
         step = await take(steps)
         assert [(each.generation, each.finish_reason) for each in step.deltas] == [(1, "failed"), (2, "failed")]
-        assert step.heard == 2
+        assert step.acknowledged == 2

@@ -104,8 +104,8 @@ async def gateway(
                 engines.__getitem__,
                 ingress_id="i",
                 limits=entry.limits,
-                rounds=write_scheduler(),
-                note=meter_client.note,
+                writes=write_scheduler(),
+                checkpoint=meter_client.checkpoint,
             )
             pool.replicas_changed(frozenset(engines))
             return pool

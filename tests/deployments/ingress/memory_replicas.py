@@ -197,14 +197,14 @@ class ScriptedReplica:
         self,
         *deltas: TokenDelta,
         load: EngineLoad | None = None,
-        heard: int | None = None,
+        acknowledged: int | None = None,
         refused: Sequence[int] = (),
         stream: int = -1,
     ) -> None:
-        """By default all submissions so far are `heard`."""
-        if heard is None:
-            heard = self.submissions[-1].generation if self.submissions else 0
-        step = EngineStep(0, load or self.load, list(deltas), heard, list(refused))
+        """By default all submissions so far are `acknowledged`."""
+        if acknowledged is None:
+            acknowledged = self.submissions[-1].generation if self.submissions else 0
+        step = EngineStep(0, load or self.load, list(deltas), acknowledged, list(refused))
         self._lines[stream].messages.put_nowait(step)
 
     def end_stream(self, stream: int = -1) -> None:
@@ -215,7 +215,7 @@ class ScriptedReplica:
         self._lines.append(line := _ScriptedLine(self))
         self.opened.append(stream_id)
         if self.greeting:
-            self.tell(heard=0)
+            self.tell(acknowledged=0)
         yield line
 
     def take(self, orders: EngineCommands) -> None:
@@ -266,15 +266,17 @@ async def replicas_of(
 async def opened_pool(
     replicas: dict[str, MemoryReplica] | dict[str, ScriptedReplica],
     limits: PoolLimits = LIMITS,
-    notes: RecordedOutbox | None = None,
+    outbox: RecordedOutbox | None = None,
 ) -> AsyncIterator[EnginePool]:
     """A pool that has just heard of `replicas`. Fails when one of its tasks has failed."""
-    notes = RecordedOutbox() if notes is None else notes
+    outbox = RecordedOutbox() if outbox is None else outbox
 
     def connect(replica_id: str) -> ReplicaTransport:
         return replicas[replica_id]
 
-    pool = EnginePool("m", connect, ingress_id="i", limits=limits, rounds=write_scheduler(), note=notes.note)
+    pool = EnginePool(
+        "m", connect, ingress_id="i", limits=limits, writes=write_scheduler(), checkpoint=outbox.checkpoint
+    )
     pool.replicas_changed(frozenset(replicas))
     with capture_logs() as logs:
         try:

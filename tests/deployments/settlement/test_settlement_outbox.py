@@ -53,7 +53,7 @@ def abandon(outbox: SettlementOutbox) -> None:
 async def inherit(folder: Path, meters: Meters) -> None:
     """What the next process of the node does with what one has left."""
     heir = SettlementOutbox(folder, "heir", meters.send)
-    await heir.adopt()
+    await heir.recover()
     await heir.close()
 
 
@@ -141,13 +141,13 @@ async def test_the_file_stays_small_while_a_meter_is_away(tmp_path: Path, monkey
     abandon(outbox)
     heir = SettlementOutbox(tmp_path, "heir", meters.send)
     meters.taken.clear()
-    await heir.adopt()
+    await heir.recover()
     assert 1 <= len(heir) < 100  # few of those that were acknowledged stand in it still
     await heir.close(0.0)
 
 
 @in_virtual_time
-async def test_what_a_killed_process_left_is_adopted(tmp_path: Path) -> None:
+async def test_what_a_killed_process_left_is_recovered(tmp_path: Path) -> None:
     meters = Meters()
     meters.away.add("Meter")
     killed = SettlementOutbox(tmp_path, "killed", meters.send)
@@ -209,7 +209,7 @@ async def test_close_keeps_what_no_meter_took(tmp_path: Path) -> None:
 async def test_a_note_is_sent_by_an_heir_alone(tmp_path: Path) -> None:
     meters = Meters()
     outbox = SettlementOutbox(tmp_path, "mine", meters.send)
-    outbox.note("Meter", settlement("a"))
+    outbox.checkpoint("Meter", settlement("a"))
     outbox.put("Meter", settlement("b"))
     await quiet()
     assert meters.taken == [("Meter", "b")]
@@ -225,10 +225,10 @@ async def test_a_note_that_is_not_needed_leaves_nothing_behind(tmp_path: Path) -
     meters = Meters()
     meters.away.add("Meter")
     outbox = SettlementOutbox(tmp_path, "mine", meters.send)
-    outbox.note("Meter", settlement("withdrawn"))
-    outbox.note("Meter", settlement("settled", witness="engine"))
+    outbox.checkpoint("Meter", settlement("withdrawn"))
+    outbox.checkpoint("Meter", settlement("settled", witness="engine"))
     outbox.put("Meter", settlement("settled"))
-    outbox.note("Meter", settlement("settled", witness="engine"))  # a word that waits is better
+    outbox.checkpoint("Meter", settlement("settled", witness="engine"))  # a word that waits is better
     outbox.withdraw(["withdrawn", "never heard of"])
     meters.away.clear()
     await outbox.close()
@@ -242,7 +242,7 @@ async def test_notes_stay_when_the_file_is_made_anew(tmp_path: Path, monkeypatch
     meters = Meters()
     outbox = SettlementOutbox(tmp_path, "mine", meters.send)
     outbox._compact_at_bytes = 4096
-    outbox.note("Meter", settlement("noted"))
+    outbox.checkpoint("Meter", settlement("checkpoint"))
     for number in range(200):
         outbox.put("Meter", settlement(f"r{number}"))
         await quiet()
@@ -251,7 +251,7 @@ async def test_notes_stay_when_the_file_is_made_anew(tmp_path: Path, monkeypatch
     abandon(outbox)
     meters.taken.clear()
     await inherit(tmp_path, meters)
-    assert ("Meter", "noted") in meters.taken
+    assert ("Meter", "checkpoint") in meters.taken
 
 
 @in_virtual_time
@@ -263,13 +263,13 @@ async def test_what_is_put_while_the_file_is_made_anew_stands_in_both(
     meters.away.add("Meter")
     outbox = SettlementOutbox(tmp_path, "mine", meters.send)
     outbox.put("Meter", settlement("before"))
-    outbox.note("Meter", settlement("noted"))
+    outbox.checkpoint("Meter", settlement("checkpoint"))
     outbox._compact_at_bytes = 0
     outbox.withdraw([])
     rewrite = outbox._rewrite
     assert rewrite is not None
     outbox.put("Meter", settlement("meanwhile"))
-    outbox.put("Meter", settlement("noted"))
+    outbox.put("Meter", settlement("checkpoint"))
     written(rewrite)
     old = outbox._path.stat().st_ino
     outbox.withdraw([])
@@ -279,7 +279,7 @@ async def test_what_is_put_while_the_file_is_made_anew_stands_in_both(
     abandon(outbox)
     meters.away.clear()
     await inherit(tmp_path, meters)
-    assert sorted(meters.taken) == [("Meter", each) for each in ("after", "before", "meanwhile", "noted")]
+    assert sorted(meters.taken) == [("Meter", each) for each in ("after", "before", "meanwhile", "checkpoint")]
 
 
 @pytest.mark.slow
@@ -287,14 +287,14 @@ async def test_making_the_file_anew_holds_no_turn_of_the_event_loop(tmp_path: Pa
     async def turns_of() -> LoopTurns:
         outbox = SettlementOutbox(tmp_path, "mine", Meters().send)
         for number in range(50_000):
-            outbox.note("Meter", settlement(f"r{number}"))
+            outbox.checkpoint("Meter", settlement(f"r{number}"))
         with loop_turns() as turns:
             await asyncio.sleep(0.02)
             outbox.withdraw([])
             assert outbox._rewrite is not None
             while outbox._rewrite is not None:
                 await asyncio.sleep(0.01)
-                outbox.note("Meter", settlement("another"))
+                outbox.checkpoint("Meter", settlement("another"))
                 outbox.withdraw(["another"])
         abandon(outbox)
         return turns

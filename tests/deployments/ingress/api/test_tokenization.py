@@ -165,8 +165,8 @@ async def client_of(folder: Path) -> httpx.AsyncClient:
             _no_replica,
             ingress_id="i",
             limits=entry.limits,
-            rounds=write_scheduler(),
-            note=RecordedOutbox().note,
+            writes=write_scheduler(),
+            checkpoint=RecordedOutbox().checkpoint,
         )
 
     catalog = Catalog(existing, open_pool)

@@ -40,8 +40,8 @@ class Serve:
             lambda _replica: self.replica,
             ingress_id="i",
             limits=entry.limits,
-            rounds=write_scheduler(),
-            note=RecordedOutbox().note,
+            writes=write_scheduler(),
+            checkpoint=RecordedOutbox().checkpoint,
         )
         pool.replicas_changed(frozenset({"r0"}))
         self.pools.setdefault(entry.name, []).append(pool)

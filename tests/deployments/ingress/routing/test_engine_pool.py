@@ -611,9 +611,9 @@ async def test_a_generation_that_gains_a_token_between_losses_is_never_given_up(
 
 @in_virtual_time
 async def test_what_a_lost_replica_made_is_noted_unless_its_request_is_settled() -> None:
-    notes, mailbox = RecordedOutbox(), DeltaQueue(write_scheduler())
+    outbox, mailbox = RecordedOutbox(), DeltaQueue(write_scheduler())
     use = account("two-choices", prompt_tokens=len(PROMPT), choices=2)
-    async with replicas_of(2) as replicas, opened_pool(replicas, notes=notes) as pool:
+    async with replicas_of(2) as replicas, opened_pool(replicas, outbox=outbox) as pool:
         await quiet()
         short, long = (
             Generation(use, "Meter-1", candidate, PROMPT, Sampling(max_tokens=max_tokens), mailbox)
@@ -626,16 +626,16 @@ async def test_what_a_lost_replica_made_is_noted_unless_its_request_is_settled()
         assert ran_short != ran_long
         replicas[ran_short].break_streams()
         await quiet()
-        noted = notes.notes["two-choices"]
+        noted = outbox.checkpoints["two-choices"]
         assert (noted.parts, noted.witness, noted.prompt_tokens) == ({0: 5, 1: len(long.tokens)}, "engine", 3)
         while not long.ended:
             await mailbox.take()
         pool.release("two-choices")
-        notes.notes.clear()
+        outbox.checkpoints.clear()
         for replica in replicas.values():
             replica.break_streams()
         await quiet()
-        assert notes.notes == {}
+        assert outbox.checkpoints == {}
 
 
 @in_virtual_time

@@ -287,11 +287,11 @@ async def test_a_generation_is_accepted_when_the_replica_says_so() -> None:
         owner.stream.submit([first])
         owner.stream.submit([second])
         await quiet()
-        replica.tell(heard=1)
+        replica.tell(acknowledged=1)
         await quiet()
         assert (first.accepted_at is None, second.accepted_at is None) == (False, True)
         assert owner.stream.sequences == 2
-        replica.tell(heard=2)
+        replica.tell(acknowledged=2)
         await quiet()
         assert second.accepted_at is not None
 

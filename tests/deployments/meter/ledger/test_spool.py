@@ -178,20 +178,20 @@ def test_a_write_that_ends_early_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         assert drained(spool) == numbered(3)
 
 
-def test_what_others_have_left_is_adopted(tmp_path: Path) -> None:
+def test_what_others_have_left_is_recovered(tmp_path: Path) -> None:
     with closing(Spool(tmp_path, "Meter-1")) as gone:
         gone.append(numbered(1, 2))
     with opened(tmp_path) as spool:
         spool.append(numbered(3))
-    with opened(tmp_path, adopt=[*tmp_path.glob("*.spool"), tmp_path / "never-was.spool"]) as spool:
+    with opened(tmp_path, recover=[*tmp_path.glob("*.spool"), tmp_path / "never-was.spool"]) as spool:
         assert drained(spool) == numbered(3, 1, 2)
     assert not (tmp_path / "Meter-1.spool").exists()
 
 
-def test_a_spool_in_use_is_not_adopted(tmp_path: Path) -> None:
+def test_a_spool_in_use_is_not_recovered(tmp_path: Path) -> None:
     with closing(Spool(tmp_path, "Meter-1")) as other:
         other.append(numbered(1))
-        with opened(tmp_path, adopt=tmp_path.glob("*.spool")) as spool:
+        with opened(tmp_path, recover=tmp_path.glob("*.spool")) as spool:
             assert spool.spooled == 0
         assert drained(other) == numbered(1)
 

@@ -172,7 +172,7 @@ def test_two_processes_never_have_one_journal(tmp_path: Path) -> None:
         pass
 
 
-def test_the_first_meter_adopts_what_meters_that_are_no_more_have_left(tmp_path: Path) -> None:
+def test_the_first_meter_recovers_what_meters_that_are_no_more_have_left(tmp_path: Path) -> None:
     for shard in range(4):
         with opened(tmp_path, shard, 4) as journal:
             journal.load(NOW)

@@ -37,7 +37,7 @@ async def left_on_disk(gate: Gateway) -> list[Settlement]:
     copy.mkdir()
     (copy / outbox.name).write_bytes(outbox.read_bytes())
     heir = SettlementOutbox(copy, "heir", keep)
-    await heir.adopt()
+    await heir.recover()
     await heir.close()
     return found
 
