@@ -113,7 +113,6 @@ Texts, log probabilities, offsets, reasons and usage are those of vLLM's server 
   by their bytes, as in `bytes:\\xe2\\x80`, which is OpenAI's form. In vLLM's only the last of them is left.
 - `best_of` exists, and `finish_reason` is only ever `stop` or `length`: a repetition is told by `stop_reason`.
 - Unknown parameters are refused, and so are values out of OpenAI's ranges. Beam search is not served.
-- What was not asked for, such as `prompt_logprobs` and `token_ids`, is left out of a choice; vLLM writes null.
 - Errors have the same status, and texts of their own.
 """
 
