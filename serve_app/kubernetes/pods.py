@@ -41,6 +41,7 @@ PORTS: Final = {"gcs-server": 6379, "dashboard": DASHBOARD_PORT, "metrics": 8080
 """Of each pod's Ray processes, the first two of the head's only; KubeRay's defaults."""
 
 CONTAINER_SECURITY: Final = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+"""Of KubeRay's autoscaler, too, which has an image of its own."""
 _POD_SECURITY: Final = {
     "runAsNonRoot": True,
     "runAsUser": 1000,
@@ -98,14 +99,13 @@ def head_template(config: ClusterConfig, *, autoscaled: bool) -> dict[str, Any]:
         "ports": _ports(config, *PORTS),
         "env": [*_environment(config), {"name": _DRAIN_VARIABLE, "value": "0"}],
         "resources": _resources(1 + _RAY_CPUS, config.kubernetes.memory.head),
-        "securityContext": CONTAINER_SECURITY,
         **_probes(agent, readiness={"httpGet": {"path": "/api/gcs_healthz", "port": "dashboard"}}),
     }
     template = _template(config, "head", container)
     template["spec"]["terminationGracePeriodSeconds"] = _EXIT_S
     if autoscaled:
         del template["spec"]["serviceAccountName"]  # KubeRay makes one with the autoscaler's rights
-        template["spec"]["volumes"] = [_account_volume()]
+        template["spec"]["volumes"].append(_account_volume())
     return template
 
 
@@ -122,11 +122,9 @@ def worker_template(config: ClusterConfig, group: WorkerGroup) -> dict[str, Any]
         "env": [*_environment(config), *ending, *_own_environment(config, group)],
         "resources": _resources(group.cpus + _RAY_CPUS, _times(memory, max(1, group.gpus)), group.gpus),
         "volumeMounts": [
-            {"name": "home", "mountPath": str(HOME)},
             {"name": "models", "mountPath": f"{HOME}/models", **({} if group.kind == "engine" else {"readOnly": True})},
             *([{"name": "meter", "mountPath": str(_METER_FOLDER)}] if group.kind == "meter" else []),
         ],
-        "securityContext": CONTAINER_SECURITY,
         **_probes(
             {"httpGet": {"path": "/api/local_raylet_healthz", "port": "agent"}},
             readiness={"httpGet": {"path": "/-/healthz", "port": "serve"}},
@@ -149,10 +147,7 @@ def worker_template(config: ClusterConfig, group: WorkerGroup) -> dict[str, Any]
             }
             for key in ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
         ]
-    spec["volumes"] = [
-        {"name": "home", "emptyDir": {}},
-        {"name": "models", "persistentVolumeClaim": {"claimName": f"{config.cluster.name}-models"}},
-    ]
+    spec["volumes"].append({"name": "models", "persistentVolumeClaim": {"claimName": f"{config.cluster.name}-models"}})
     if group.kind == "meter":
         spec["volumes"].append(
             {"name": "meter", "persistentVolumeClaim": {"claimName": f"{config.cluster.name}-meter"}}
@@ -165,7 +160,14 @@ def _labels(config: ClusterConfig, group: str) -> dict[str, str]:
 
 
 def _template(config: ClusterConfig, group: str, container: dict[str, Any]) -> dict[str, Any]:
+    """A pod of one container, which can write to its own folders alone: /tmp has Ray's files and what vLLM compiles."""
     secret = config.kubernetes.image_pull_secret
+    container["volumeMounts"] = [
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "home", "mountPath": str(HOME)},
+        *container.get("volumeMounts", ()),
+    ]
+    container["securityContext"] = {**CONTAINER_SECURITY, "readOnlyRootFilesystem": True}
     return {
         "metadata": {"labels": _labels(config, group)},
         "spec": {
@@ -174,6 +176,7 @@ def _template(config: ClusterConfig, group: str, container: dict[str, Any]) -> d
             "securityContext": _POD_SECURITY,
             **({"imagePullSecrets": [{"name": secret}]} if secret else {}),
             "containers": [container],
+            "volumes": [{"name": "tmp", "emptyDir": {}}, {"name": "home", "emptyDir": {}}],
         },
     }
 

@@ -193,7 +193,10 @@ class Pod:
     def _mounts(self, container: Container, folder: Path) -> list[str]:
         """Commands that make the container's view of the files."""
         files, ray = self._files, self._folder / "ray"
-        temporary, hidden = folder / "tmp", folder / "var-lib"
+        places = {Path(mount["mountPath"]): mount["name"] for mount in container.mounts}
+        # The autoscaler's own image has a /tmp that can be written to.
+        temporary = self._volume(name) if (name := places.get(Path("/tmp"))) else folder / "tmp"
+        hidden = folder / "var-lib"
         for each in (temporary / "ray", hidden / "millstream", ray):
             each.mkdir(parents=True, exist_ok=True)
         lines = [
@@ -205,6 +208,8 @@ class Pod:
             _line("mount", "--bind", files.no_resolver, Path("/etc/resolv.conf").resolve()),
         ]
         for mount in container.mounts:
+            if mount["mountPath"] == "/tmp":
+                continue  # below
             source, target = self._volume(mount["name"]), Path(mount["mountPath"])
             lines.append(_line("mkdir", "--parents", target))
             lines.append(_line("mount", "--bind", *(("-o", "ro") if mount.get("readOnly") else ()), source, target))

@@ -357,7 +357,12 @@ def test_every_pod_is_restricted_as_pod_security_standards_say(rendered: Rendere
     if described["enableInTreeAutoscaling"]:
         containers.append(described["autoscalerOptions"])
     for container in containers:
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        own = {} if container is described.get("autoscalerOptions") else {"readOnlyRootFilesystem": True}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            **own,
+        }
     for template in rendered.templates.values():
         security = template["spec"]["securityContext"]
         assert security["runAsNonRoot"] is True
