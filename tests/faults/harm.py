@@ -116,6 +116,9 @@ class HarmReport:
     roles: dict[int, Role]
     loops: Counter[Role]
     violations: list[str]
+    """Of what holds on any machine, however busy."""
+    delays: list[str]
+    """Pauses of streams and turns of loops that were too long, by the clock: of machines that do nothing else."""
     seed: int
 
     def __str__(self) -> str:
@@ -156,8 +159,9 @@ class HarmReport:
                 f"{'; '.join(self._beside(turn_.at, turn_.at + turn_.late_s))}"
             )
             lines += [f"      {line}" for stack in turn_.stacks[:2] for line in [*stack[-6:], "-"]]
-        lines.append(f"violations: {len(self.violations)}")
-        return "\n".join([*lines, *(f"  {violation}" for violation in self.violations[:60])])
+        for name, found in (("violations", self.violations), ("delays", self.delays)):
+            lines += [f"{name}: {len(found)}", *(f"  {each}" for each in found[:60])]
+        return "\n".join(lines)
 
     def _beside(self, since: float, until: float) -> list[str]:
         return [
@@ -243,7 +247,8 @@ class Harm:
         violations += [*_violations_of_answers(answers), *_violations_of_streams(harmed)]
         await self._settled()
         violations += self._violations_of_ledger(answers)
-        violations += [
+        delays = [*_delays_of_streams(harmed)]
+        delays += [
             f"a turn of {turn.held_s:.3f} s in {before[turn.pid]} {turn.pid}: "
             f"{turn.stacks[0][-1] if turn.stacks else 'somewhere'}"
             for turn in watch.pauses
@@ -253,7 +258,17 @@ class Harm:
         for pid, count in watch.loops.items():
             loops[before[pid]] += count
         return HarmReport(
-            quiet, harmed, answers, self._growth, self._own_lag_s, watch.pauses, before, loops, violations, self._seed
+            quiet,
+            harmed,
+            answers,
+            self._growth,
+            self._own_lag_s,
+            watch.pauses,
+            before,
+            loops,
+            violations,
+            delays,
+            self._seed,
         )
 
     # --- streams ------------------------------------------------------------------------------------------------------
@@ -454,9 +469,12 @@ async def _pieces(reader: asyncio.StreamReader) -> Any:
         yield (await reader.readexactly(size + 2))[:-2]
 
 
-def _violations_of_streams(harmed: Watched) -> Iterator[str]:
+def _delays_of_streams(harmed: Watched) -> Iterator[str]:
     if harmed.longest_pause_s > LONGEST_PAUSE_S:
         yield f"a stream paused for {harmed.longest_pause_s:.3f} s"
+
+
+def _violations_of_streams(harmed: Watched) -> Iterator[str]:
     yield from (f"a stream failed: {failure}" for failure in harmed.failures)
     if not harmed.finished:
         yield "no stream finished"
@@ -513,7 +531,7 @@ def main() -> None:
         finally:
             cluster.millstream("down")
     print(report)
-    sys.exit(1 if report.violations else 0)
+    sys.exit(1 if report.violations or report.delays else 0)
 
 
 if __name__ == "__main__":
