@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 
 __all__ = [
+    "USAGE_SUMS",
     "WITNESS_RANKS",
     "Account",
     "AdministrationAnswer",
@@ -609,6 +610,10 @@ class UsageQuery(msgspec.Struct, frozen=True, omit_defaults=True):
     key_ids: tuple[str, ...] | None = None
     teams: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
+
+
+USAGE_SUMS: Final = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
+"""What is summed up of requests: by hours in the ledger, in answers about usage, and in metrics."""
 
 
 class UsageRow(msgspec.Struct, frozen=True, omit_defaults=True):

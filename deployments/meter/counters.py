@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Final
 
-from deployments.contracts import DurationSum, MeterCounters, RequestCounter
+from deployments.contracts import USAGE_SUMS, DurationSum, MeterCounters, RequestCounter
 from deployments.meter.ledger.rows import RowChange
 
 __all__ = ["Counters"]
-
-_SUMMED: Final = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
 
 _Group = tuple[str, str, str, str]
 
@@ -41,7 +38,7 @@ class Counters:
                 exact = self._exact[group] = RequestCounter(*head)
                 self._told[group] = RequestCounter(*head)
             told = self._told[group]
-            for name in _SUMMED:
+            for name in USAGE_SUMS:
                 value = getattr(exact, name) + getattr(change, name)
                 setattr(exact, name, value)
                 setattr(told, name, max(value, getattr(told, name)))

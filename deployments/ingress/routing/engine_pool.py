@@ -20,12 +20,12 @@ import msgspec
 import structlog
 
 from deployments.contracts import DurationHistogram, PoolCounters, Settlement
-from deployments.engine.orphans import RequestUsage
 from deployments.ingress.errors import GivenUp, ModelNotReady, NotResumable, Overloaded
 from deployments.ingress.inference.generation import Generation, GenerationStream
 from deployments.ingress.inference.write_scheduler import WriteScheduler
 from deployments.ingress.routing.replica_stream import ReplicaStream, ReplicaTransport
 from deployments.scaling.ingress_demand import ModelDemand
+from deployments.settlement.request_usage import RequestUsage
 
 __all__ = ["EnginePool", "PoolLimits", "least_loaded"]
 

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
+from deployments.contracts import USAGE_SUMS
 from deployments.meter.ledger.database import in_transaction
 from deployments.meter.ledger.periods import period_at
 from deployments.meter.ledger.rows import delete_rows
@@ -31,7 +32,7 @@ _AT_ONCE: Final = 500
 
 _COLUMNS: Final = (
     *("id", "started_at", "key_id", "team", "model", "dialect", "status"),
-    *("prompt_tokens", "cached_tokens", "completion_tokens", "cost"),
+    *USAGE_SUMS[1:],
 )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import msgspec
 import sqlalchemy as sa
 
-from deployments.contracts import WITNESS_RANKS, Settlement
+from deployments.contracts import USAGE_SUMS, WITNESS_RANKS, Settlement
 from deployments.meter.ledger.database import in_transaction, upsert
 from deployments.meter.ledger.schema import REQUESTS, USAGE_HOURS
 
@@ -25,7 +25,6 @@ __all__ = ["RowChange", "delete_rows", "known_ids", "write_settlements"]
 Row: TypeAlias = dict[str, Any]
 """By the names of the columns of REQUESTS."""
 
-_SUMS: Final = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
 _IDS_PER_QUERY: Final = 500
 
 
@@ -56,7 +55,7 @@ class _Group(NamedTuple):
 
 
 _Differences: TypeAlias = dict[_Group, list[Any]]
-"""In the order of _SUMS."""
+"""In the order of USAGE_SUMS."""
 
 
 def write_settlements(engine: sa.Engine, settlements: Collection[Settlement]) -> list[RowChange]:
@@ -215,7 +214,7 @@ def _differences(*, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping
             group = _Group(hour, row["key_id"], row["team"] or "", row["model"], row["dialect"], row["status"])
             sums = differences[group]
             sums[0] += sign
-            for place, name in enumerate(_SUMS[1:], 1):
+            for place, name in enumerate(USAGE_SUMS[1:], 1):
                 sums[place] += sign * row[name]
     return {group: sums for group, sums in sorted(differences.items()) if any(sums)}
 
@@ -223,8 +222,8 @@ def _differences(*, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping
 def _write_sums(connection: sa.Connection, differences: _Differences) -> None:
     if not differences:
         return
-    rows = [{**group._asdict(), **dict(zip(_SUMS, sums, strict=True))} for group, sums in differences.items()]
-    connection.execute(upsert(connection.dialect.name, USAGE_HOURS, _SUMS), rows)
+    rows = [{**group._asdict(), **dict(zip(USAGE_SUMS, sums, strict=True))} for group, sums in differences.items()]
+    connection.execute(upsert(connection.dialect.name, USAGE_HOURS, USAGE_SUMS), rows)
     if left := [group for group, sums in differences.items() if sums[0] < 0]:
         connection.execute(
             _DELETE_EMPTY, [{f"of_{name}": value for name, value in group._asdict().items()} for group in left]

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
-from deployments.contracts import UsageDimension, UsageQuery, UsageRow
+from deployments.contracts import USAGE_SUMS, UsageDimension, UsageQuery, UsageRow
 from deployments.meter.ledger.database import multiple_below
 from deployments.meter.ledger.schema import REQUESTS, USAGE_HOURS
 
@@ -45,10 +45,7 @@ def read_usage(connection: sa.Connection, query: UsageQuery) -> list[UsageRow]:
     groups: list[sa.ColumnElement[Any]] = [columns[dimension] for dimension in query.by]
     if begins_at is not None:
         groups.insert(0, begins_at)
-    sums = [
-        sa.func.sum(source.c[name])
-        for name in ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
-    ]
+    sums = [sa.func.sum(source.c[name]) for name in USAGE_SUMS]
     # A single group is there even of no rows at all.
     statement = sa.select(*groups, *sums).group_by(*groups).having(sa.func.sum(source.c.requests) > 0)
     for column, values in (
@@ -106,10 +103,7 @@ def _per_minute(connection: sa.Connection, query: UsageQuery) -> tuple[sa.FromCl
             columns.dialect,
             columns.status,
             sa.literal(1).label("requests"),
-            columns.prompt_tokens,
-            columns.cached_tokens,
-            columns.completion_tokens,
-            columns.cost,
+            *(columns[name] for name in USAGE_SUMS[1:]),
         )
         .where(columns.started_at >= query.since, columns.started_at < until)
         .subquery()
