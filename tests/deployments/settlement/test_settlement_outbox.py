@@ -279,7 +279,7 @@ async def test_what_is_put_while_the_file_is_made_anew_stands_in_both(
     abandon(outbox)
     meters.away.clear()
     await inherit(tmp_path, meters)
-    assert sorted(meters.taken) == [("Meter", each) for each in ("after", "before", "meanwhile", "checkpoint")]
+    assert sorted(meters.taken) == [("Meter", each) for each in ("after", "before", "checkpoint", "meanwhile")]
 
 
 @pytest.mark.slow

@@ -380,8 +380,7 @@ def test_no_container_but_the_autoscaler_has_a_token_of_kubernetes(rendered: Ren
             assert mount["name"] != "autoscaler-account"
     if rendered.ray_cluster["enableInTreeAutoscaling"]:
         [mount] = rendered.ray_cluster["autoscalerOptions"]["volumeMounts"]
-        [volume] = rendered.templates["head"]["spec"]["volumes"]
-        assert mount["name"] == volume["name"]
+        assert mount["name"] in {volume["name"] for volume in rendered.templates["head"]["spec"]["volumes"]}
 
 
 def test_secrets_are_named_and_go_to_the_pods_that_need_them_only() -> None:
