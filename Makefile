@@ -32,7 +32,7 @@ test: $(CLIENTS) ## run all tests; ARGS="-k name" goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 test-unit: $(LIGHT) ## run the quick tests, which need neither torch, vLLM, a cluster nor PostgreSQL; ARGS= as above
-	$(BIN)/python -m pytest -n auto -m "not cluster and not vllm and not postgres and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not cluster and not vllm and not postgres and not slow" $(ARGS)
 
 faults: $(DEV) ## kill processes under load for 10 minutes, then audit the ledger; ARGS="--seed 2 --seconds 60", ARGS=--vllm
 	$(BIN)/python -m tests.faults.campaign $(ARGS)

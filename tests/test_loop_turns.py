@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.loop_turns import loop_turns
 
 
@@ -62,6 +64,7 @@ async def test_a_thread_that_holds_the_interpreter_holds_the_loop() -> None:
     assert turns.longest_s > 0.05
 
 
+@pytest.mark.slow
 async def test_other_processes_hold_no_loop() -> None:
     busy = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"])  # noqa: ASYNC220  # starts at once

@@ -18,6 +18,8 @@ SECRETS: Secrets = {
     "millstream-redis": {"password": "secret"},
 }
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def manifests() -> Manifests:

@@ -31,6 +31,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("then", "told"), [("exit 3", "failed with status 3"), ("sleep 60", "did not end within 2 s")])
 def test_a_ray_start_that_fails_or_hangs_is_told_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str, told: str

@@ -118,6 +118,7 @@ def test_a_row_that_was_written_lately_stays_so_that_its_settlement_may_come_aga
     assert_sums_are_those_of_the_rows(engine)
 
 
+@pytest.mark.slow
 def test_the_ledger_is_written_meanwhile(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "_AT_ONCE", 10)
     record(engine, *(arrived(f"old-{number:03}", NOW - 100 * DAY_S + number) for number in range(300)))
