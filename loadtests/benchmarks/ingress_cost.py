@@ -76,7 +76,7 @@ class _Pool(EnginePool):
 
     def __init__(self, token_ids: list[int], *, logprobs: int | None) -> None:
         super().__init__(
-            "model", _unreachable, ingress_id="i", limits=_LIMITS, rounds=WriteScheduler(), checkpoint=_unreachable
+            "model", _unreachable, ingress_id="i", limits=_LIMITS, writes=WriteScheduler(), checkpoint=_unreachable
         )
         self._token_ids = token_ids
         self._logprobs = logprobs

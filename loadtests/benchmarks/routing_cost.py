@@ -73,7 +73,7 @@ async def _measure(number: int, requests: int) -> tuple[float, float]:
     replicas = {f"r{index}": _Replica() for index in range(number)}
     limits = PoolLimits(hold_timeout_s=10.0, resume_timeout_s=10.0, drain_timeout_s=1.0, max_held=1000)
     rounds = WriteScheduler()
-    pool = EnginePool("m", replicas.__getitem__, ingress_id="i", limits=limits, rounds=rounds, checkpoint=_unneeded)
+    pool = EnginePool("m", replicas.__getitem__, ingress_id="i", limits=limits, writes=rounds, checkpoint=_unneeded)
     pool.replicas_changed(frozenset(replicas))
     while sum(card["in_rotation"] for card in pool.cards()) < number:  # noqa: ASYNC110  # it depends on this loop alone
         await asyncio.sleep(0)
