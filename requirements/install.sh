@@ -30,6 +30,7 @@ readonly SYSTEM_LIBRARIES=("libnuma.so.1 libnuma1")
 
 child= # process id of the command that `run` runs
 step=  # the step under way, for messages
+python= # the interpreter for .venv, once it is found
 
 main() {
     case "${1-}" in
@@ -203,6 +204,7 @@ is_fresh() {
 
 # Sets python: what is on PATH, or else what uv, pyenv or Debian have or get.
 find_python() {
+    [[ $python ]] && return
     local candidate
     for candidate in python3.11 python3; do
         is_3_11 "$candidate" && return
