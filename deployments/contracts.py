@@ -26,6 +26,7 @@ __all__ = [
     "AdministrationAnswer",
     "AdministrationCommand",
     "AdministrationError",
+    "AdmissionRefusalCode",
     "AdmissionRefused",
     "AdmissionRequest",
     "Admitted",
@@ -57,7 +58,6 @@ __all__ = [
     "PositionLogprobs",
     "PromptOptions",
     "RateLimits",
-    "RefusalCode",
     "RemoveTeam",
     "RepetitionDetection",
     "RequestCounter",
@@ -467,7 +467,7 @@ class Admitted(msgspec.Struct, frozen=True, tag="admitted", omit_defaults=True):
     rate_limits: RateLimits | None = None
 
 
-RefusalCode = Literal[
+AdmissionRefusalCode = Literal[
     "context_length_exceeded",
     "empty_prompt",
     "too_many_prompt_tokens",
@@ -482,7 +482,7 @@ RefusalCode = Literal[
 
 
 class AdmissionRefused(msgspec.Struct, frozen=True, tag="refused", omit_defaults=True):
-    code: RefusalCode
+    code: AdmissionRefusalCode
     """`invalid_api_key`: revoked or expired since the ingress looked it up. `rate_limit_exceeded`: of a minute, or of
     requests at a time. `insufficient_quota`: of a day or a month. `unavailable`: cannot be decided now; worth another
     try, and not for the caller's eyes."""

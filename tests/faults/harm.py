@@ -247,7 +247,7 @@ class Harm:
         violations += [*_violations_of_answers(answers), *_violations_of_streams(harmed)]
         await self._settled()
         violations += self._violations_of_ledger(answers)
-        delays = [*_delays_of_streams(harmed)]
+        delays = list(_delays_of_streams(harmed))
         delays += [
             f"a turn of {turn.held_s:.3f} s in {before[turn.pid]} {turn.pid}: "
             f"{turn.stacks[0][-1] if turn.stacks else 'somewhere'}"

@@ -22,19 +22,22 @@ pytestmark = pytest.mark.timeout(SECONDS + 300)
 @pytest.mark.cluster
 async def test_no_request_harms_the_streams_of_others(simulated_cluster: RunningCluster) -> None:
     await simulated_cluster.until_in_rotation("sim-a", 3)
-    await _assert_harmless(Harm(simulated_cluster, model="sim-a", max_tokens=1000, seed=SEED), quiet_s=3.0)
+    harm = Harm(simulated_cluster, model="sim-a", max_tokens=1000, seed=SEED)
+    await _assert_harmless(harm, quiet_s=3.0, per_s=1 / 2)
 
 
 @pytest.mark.vllm
 async def test_no_request_harms_the_streams_of_others_on_vllm(vllm_cluster: RunningCluster) -> None:
     await vllm_cluster.until_in_rotation("smollm2-135m", 2)
-    await _assert_harmless(Harm(vllm_cluster, model="smollm2-135m", max_tokens=60, seed=SEED), quiet_s=5.0)
+    harm = Harm(vllm_cluster, model="smollm2-135m", max_tokens=60, seed=SEED)
+    await _assert_harmless(harm, quiet_s=5.0, per_s=1 / 4)
 
 
-async def _assert_harmless(harm: Harm, quiet_s: float) -> None:
+async def _assert_harmless(harm: Harm, *, quiet_s: float, per_s: float) -> None:
+    """`per_s`: of harmful requests, more than so many."""
     report = await harm.run(SECONDS, quiet_s)
     print(report)
     assert report.violations == [], str(report)
     if BY_THE_CLOCK:
         assert report.delays == [], str(report)
-    assert len(report.answers) > SECONDS / 4, str(report)
+    assert len(report.answers) > SECONDS * per_s, str(report)

@@ -10,9 +10,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from serve_app.cli.check import check
-from tests.conftest import HAS_SMALL_MODEL, ROOT, WITHOUT_SMALL_MODEL
+from tests.conftest import ROOT, needs_small_model
 
-needs_small_model = pytest.mark.skipif(not HAS_SMALL_MODEL, reason=WITHOUT_SMALL_MODEL)
 EXAMPLES = [
     file.relative_to(ROOT)
     for pattern in ("*.yaml", "loadtests/clusters/*.yaml", "docs/**/*.yaml")

@@ -28,7 +28,7 @@ from deployments.engine.model_source import (
     prepare_model,
     source_kind,
 )
-from tests.conftest import HAS_SMALL_MODEL, WITHOUT_SMALL_MODEL
+from tests.conftest import needs_small_model
 
 STAND_IN = """
 import os, signal, sys
@@ -258,7 +258,7 @@ def test_a_home_that_cannot_be_written_is_told(bench: Bench) -> None:
         bench.prepare()
 
 
-@pytest.mark.skipif(not HAS_SMALL_MODEL, reason=WITHOUT_SMALL_MODEL)
+@needs_small_model
 def test_the_real_conversion_ends_with_its_caller(bench: Bench) -> None:
     command = [*GGUF_CONVERSION, str(bench.gguf), str(bench.packages)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
